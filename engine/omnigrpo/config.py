@@ -1,0 +1,174 @@
+"""RunConfig: strict TOML and dotted overrides into typed, frozen dataclasses."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from omnigrpo.algorithm.advantage import AdvantageConfig
+from omnigrpo.algorithm.objective import ObjectiveConfig
+from omnigrpo.data.dataset import PromptStyle
+from omnigrpo.model.prompting import PromptTemplate
+from omnigrpo.prefix_source import MediaConfig
+from omnigrpo.reward.composition import RewardConfig
+from omnigrpo.runtime.optimizer import OptimizerConfig
+from omnigrpo.trainer import RolloutConfig, TrainerConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says what, what was given, and what would do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The checkpoint to start from."""
+
+    path: Path
+    """Directory in HumanOmni's layout: model.safetensors, config.json, tokenizer files."""
+    reference: Path | None = None
+    """Checkpoint of the KL's frozen reference; None takes the starting weights."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    train_bert: bool = False
+    """Train the gate's BERT too, as the reference implementation does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Datasets in R1-Omni's JSON format."""
+
+    train: Path
+    evaluate: dict[str, Path] = field(default_factory=dict)
+    """Evaluation splits by name."""
+    media_root: Path | None = None
+    """Clip paths are relative to this; None takes each JSON file's own directory."""
+    style: PromptStyle = field(default_factory=PromptStyle)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """The run around the steps."""
+
+    output: Path
+    """Run directory; it gets config.toml, metrics.jsonl, rollouts.jsonl, checkpoints/ and model/."""
+    steps: int = 100
+    seed: int = 0
+    save_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    log_rollouts_every: int = 10
+    """Steps between the groups written to rollouts.jsonl."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves torch's choice."""
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything a run depends on."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: LoopConfig
+    media: MediaConfig = field(default_factory=MediaConfig)
+    prompt: PromptTemplate = field(default_factory=PromptTemplate)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply ``section.key=value`` overrides (values in TOML syntax, bare words are strings).
+
+    Relative paths in the file are relative to the working directory.
+
+    Raises:
+        ConfigError: no such file, invalid TOML, an unknown key (the nearest one is named), a value of a wrong type,
+            or one that its owner refuses.
+    """
+    tree: dict[str, object] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"config {path} does not exist: check the path") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"config {path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, object]) -> RunConfig:
+    """Build a RunConfig from nested mappings, strictly."""
+    _check_keys(tree, RunConfig, "")
+    try:
+        return TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}, got {e['input']!r}" for e in error.errors()
+        ]
+        raise ConfigError("the configuration does not fit:\n  " + "\n  ".join(lines)) from error
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as TOML; keys that are None are left out."""
+    tree = TypeAdapter(RunConfig).dump_python(config, mode="json", exclude_none=True)
+    path.write_text(tomli_w.dumps(tree), encoding="utf-8")
+
+
+def _apply(tree: dict[str, object], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"an override must read section.key=value, got {override!r}")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+        tree = child
+    tree[last] = _value(text.strip())
+
+
+def _value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _check_keys(tree: Mapping[str, object], owner: type, where: str) -> None:
+    """Raise ConfigError at the first key that the dataclass does not have."""
+    hints = typing.get_type_hints(owner)
+    known = [f.name for f in dataclasses.fields(owner)]
+    for key, value in tree.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            advice = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(known)}"
+            raise ConfigError(f"unknown key {where}{key} in the configuration: {advice}")
+        for inner in _dataclasses_in(hints[key]):
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, dict):
+                    _check_keys(item, inner, f"{where}{key}.")
+
+
+def _dataclasses_in(hint: object) -> list[type]:
+    """Dataclasses that a field's annotation holds, directly, optionally, or as items of a sequence."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return [hint]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple, list):
+        return [found for argument in typing.get_args(hint) for found in _dataclasses_in(argument)]
+    return []

@@ -1,0 +1,127 @@
+"""Reads datasets in R1-Omni's JSON format."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omnigrpo.schema import Clip, Modality, Prompt
+
+INSTRUCTION = "Output the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
+"""R1-Omni's request for tagged output, appended to every question."""
+
+_TAGS: dict[str, Modality] = {"<video>": "video", "<audio>": "audio"}
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+class DatasetError(ValueError):
+    """A dataset file that cannot be used; the message names the file, the item and the field."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptStyle:
+    """How the question of a dataset becomes the user's text."""
+
+    instruction: str = INSTRUCTION
+    """Asked for after every question; empty to leave the question alone."""
+    separator: str = "\n"
+    """Between question and instruction (a newline in R1-Omni's RL prompt)."""
+
+
+def read_dataset(path: Path, style: PromptStyle, *, media_root: Path | None = None) -> tuple[Prompt, ...]:
+    """Read a list of ``{"video": path, "conversations": [human, gpt]}``.
+
+    Clip paths are relative to ``media_root``, else to the file's own directory. The human text's ``<video>`` and
+    ``<audio>`` tags say which modalities the prompt asks for. The gpt text is a bare label, or reasoning with an
+    ``<answer>`` tag, which then also is the prompt's response.
+
+    Raises:
+        DatasetError: unreadable JSON, an empty list, or an item with a missing or malformed field.
+    """
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatasetError(f"dataset {path} does not exist: check the path (data.train, data.evaluate)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"dataset {path} is not valid JSON: {error}") from error
+    if not isinstance(items, list) or not items:
+        raise DatasetError(f"dataset {path} must be a non-empty JSON list, got {_kind(items)}")
+    root = media_root if media_root is not None else path.parent
+    return tuple(_prompt(item, f"{path}, item {index}", index, root, style) for index, item in enumerate(items))
+
+
+def check_responses(prompts: Sequence[Prompt], path: Path) -> None:
+    """Raise DatasetError unless every prompt carries a response to imitate."""
+    for index, prompt in enumerate(prompts):
+        if prompt.response is None:
+            raise DatasetError(
+                f"{path}, item {index}: supervised training needs a gpt text with <think> and <answer> tags, "
+                f"got the bare label {prompt.solution!r}; use a cold-start file, or `omnigrpo train` for labels"
+            )
+
+
+def _prompt(item: object, where: str, index: int, root: Path, style: PromptStyle) -> Prompt:
+    if not isinstance(item, dict):
+        raise DatasetError(f"{where}: expected an object, got {_kind(item)}")
+    source = next((key for key in ("video", "audio") if key in item), None)
+    if source is None:
+        raise DatasetError(f"{where}: needs the key 'video' or 'audio', got {sorted(item)}")
+    if not isinstance(item[source], str) or not item[source]:
+        raise DatasetError(f"{where}: {source!r} must be a path, got {item[source]!r}")
+    human, answer = _turns(item, where)
+    question, modalities = _split_tags(human, where)
+    tagged = _ANSWER.search(answer)
+    return Prompt(
+        prompt_id=str(item.get("id", f"{index:06d}")),
+        clip=Clip(
+            path=root / item[source],
+            start_seconds=_seconds(item, "start_seconds", where),
+            end_seconds=_seconds(item, "end_seconds", where),
+        ),
+        question=_with_instruction(question, style),
+        modalities=modalities,
+        solution=(tagged.group(1) if tagged else answer).strip(),
+        response=answer if tagged else None,
+    )
+
+
+def _turns(item: dict[str, object], where: str) -> tuple[str, str]:
+    turns = item.get("conversations")
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise DatasetError(f"{where}: 'conversations' must list a human and a gpt turn, got {turns!r}")
+    texts = []
+    for turn, speaker in zip(turns, ("human", "gpt"), strict=False):
+        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+            raise DatasetError(f'{where}: expected {{"from": "{speaker}", "value": text}}, got {turn!r}')
+        texts.append(turn["value"])
+    return texts[0], texts[1]
+
+
+def _split_tags(human: str, where: str) -> tuple[str, tuple[Modality, ...]]:
+    modalities = tuple(modality for tag, modality in _TAGS.items() if tag in human)
+    for tag in _TAGS:
+        human = human.replace(tag, "")
+    if not human.strip():
+        raise DatasetError(f"{where}: the human turn asks nothing besides its tags")
+    return human.strip(), modalities
+
+
+def _with_instruction(question: str, style: PromptStyle) -> str:
+    if not style.instruction:
+        return question
+    bare = question.removesuffix(style.instruction).rstrip()
+    return f"{bare}{style.separator}{style.instruction}"
+
+
+def _seconds(item: dict[str, object], key: str, where: str) -> float | None:
+    value = item.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise DatasetError(f"{where}: {key!r} must be a number of seconds of at least 0, got {value!r}")
+    return float(value)
+
+
+def _kind(value: object) -> str:
+    return "an empty list" if value == [] else f"a {type(value).__name__}"

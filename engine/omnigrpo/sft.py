@@ -1,0 +1,91 @@
+"""Supervised training (the cold start): the GRPO path with one given completion per prompt."""
+
+from collections.abc import Sequence
+
+import torch
+
+from omnigrpo.algorithm.packing import pack, split_by_budget
+from omnigrpo.algorithm.policy import completion_logprobs
+from omnigrpo.data.prompt_stream import PromptStream
+from omnigrpo.model.humanomni import HumanOmni
+from omnigrpo.model.prompting import PromptEncoder
+from omnigrpo.prefix_source import PrefixSource
+from omnigrpo.runtime.distributed import World
+from omnigrpo.runtime.optimizer import Optimizer
+from omnigrpo.runtime.spans import Phase, SpanRecorder
+from omnigrpo.schema import Completion, Group, PrefixInputs, Prompt, StepReport
+
+
+class SupervisedTrainer:
+    """Maximises the log-likelihood of given responses; the loss is the mean over all response tokens of a step."""
+
+    def __init__(
+        self,
+        *,
+        policy: HumanOmni,
+        prompts: PromptStream,
+        prompt_encoder: PromptEncoder,
+        source: PrefixSource,
+        optimizer: Optimizer,
+        spans: SpanRecorder,
+        world: World,
+        budget_rows: int,
+    ) -> None:
+        self.policy = policy
+        self.prompts = prompts
+        self.prompt_encoder = prompt_encoder
+        self.source = source
+        self.optimizer = optimizer
+        self.spans = spans
+        self.world = world
+        self.budget_rows = budget_rows
+        self.steps_done = 0
+
+    def step(self) -> StepReport:
+        """One update on one batch of prompts and their responses."""
+        batch = self.source.inputs(self.batch(self.steps_done))
+        self.source.prefetch(self.batch(self.steps_done + 1))
+        with self.spans.span(Phase.PACK):
+            groups = [self.target(inputs) for inputs in batch.inputs]
+            packs = [pack(run) for run in split_by_budget(groups, self.budget_rows)]
+            num_tokens = int(self.world.sum(torch.tensor(sum(len(p.completion_ids_C) for p in packs))))
+        loss_sum = entropy_sum = 0.0
+        for packed in packs:
+            with self.spans.span(Phase.FORWARD):
+                policy = completion_logprobs(self.policy, packed)
+                loss = -policy.logprob_T.sum() / num_tokens
+            with self.spans.span(Phase.BACKWARD):
+                loss.backward()
+            loss_sum += loss.item()
+            entropy_sum += policy.entropy_T.detach().sum().item()
+        with self.spans.span(Phase.OPTIMIZER):
+            self.world.sum_gradients(self.optimizer.parameters)
+            grad_norm = self.optimizer.step()
+        self.steps_done += 1
+        return StepReport(
+            step=self.steps_done,
+            metrics={
+                "loss": loss_sum,
+                "entropy/mean": entropy_sum / max(num_tokens, 1),
+                "learning_rate": self.optimizer.learning_rate,
+                "grad_norm": grad_norm,
+                "samples": float(len(groups)),
+                "prompts/dropped": float(len(batch.dropped)),
+            },
+            dropped=batch.dropped,
+        )
+
+    def batch(self, step: int) -> Sequence[Prompt]:
+        """This rank's prompts of a step."""
+        return self.prompts.batch(step)[self.world.rank :: self.world.size]
+
+    def target(self, inputs: PrefixInputs) -> Group:
+        """The prompt with its response as the only completion, end token included."""
+        response = inputs.prompt.response
+        if response is None:
+            raise ValueError(f"prompt {inputs.prompt.prompt_id!r} has no response to imitate")
+        ids = tuple(self.prompt_encoder.encode_response(response))
+        completion = Completion(
+            token_ids=ids, logprobs=(0.0,) * len(ids), finish_reason="stop", weight_version=0, cached_tokens=0
+        )
+        return Group(inputs=inputs, completions=(completion,), texts=(response,))

@@ -1,0 +1,298 @@
+"""GRPO training: `Trainer.step` is the algorithm."""
+
+import hashlib
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from omnigrpo.algorithm.advantage import AdvantageConfig, group_advantages
+from omnigrpo.algorithm.objective import BatchCounts, ObjectiveConfig, token_terms, token_weights
+from omnigrpo.algorithm.packing import pack, split_by_budget
+from omnigrpo.algorithm.policy import completion_logprobs
+from omnigrpo.algorithm.token_metrics import TokenMetrics
+from omnigrpo.data.prompt_stream import PromptStream
+from omnigrpo.model.humanomni import HumanOmni
+from omnigrpo.model.prompting import PromptEncoder
+from omnigrpo.prefix_source import PrefixSource
+from omnigrpo.reward.composition import RewardSet
+from omnigrpo.rollout.interface import RolloutEngine, SamplingParams
+from omnigrpo.runtime.distributed import World
+from omnigrpo.runtime.optimizer import Optimizer
+from omnigrpo.runtime.spans import Phase, SpanRecorder
+from omnigrpo.schema import DroppedPrompt, Group, GroupRewards, PackedGroups, Prefix, PrefixInputs, StepReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    engine: Literal["native"] = "native"
+    samples: int = 8
+    """G, completions per prompt."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 is off; log-probs ignore the truncation, so off keeps the rollout on-policy."""
+    top_p: float = 1.0
+    """1 is off."""
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerConfig:
+    """The training loop's own numbers."""
+
+    prompts_per_step: int = 16
+    iterations: int = 1
+    """Optimizer updates per rollout; beyond the first, the ratio leaves 1 and the clip acts."""
+    budget_rows: int = 16384
+    """Packed rows that pass through the decoder at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPack:
+    """A packed row and the constants of its loss, ``[C]`` each."""
+
+    pack: PackedGroups
+    advantage_C: Tensor
+    weight_C: Tensor
+    reference_C: Tensor | None
+    """Log-prob under the frozen reference; None without a KL term."""
+    old_C: Tensor | None
+    """Log-prob under the policy that starts the step; None while that is the current policy."""
+
+
+class Trainer:
+    """One policy, its rollout engine and its data; embed it, or let `omnigrpo train` drive it."""
+
+    def __init__(
+        self,
+        *,
+        policy: HumanOmni,
+        reference: HumanOmni | None,
+        prompts: PromptStream,
+        prompt_encoder: PromptEncoder,
+        source: PrefixSource,
+        rollout: RolloutEngine,
+        rewards: RewardSet,
+        optimizer: Optimizer,
+        spans: SpanRecorder,
+        world: World,
+        seed: int,
+        rollout_config: RolloutConfig,
+        advantage_config: AdvantageConfig,
+        objective_config: ObjectiveConfig,
+        config: TrainerConfig,
+    ) -> None:
+        if objective_config.kl_coefficient and reference is None:
+            raise ValueError(
+                f"objective.kl_coefficient is {objective_config.kl_coefficient}, but no reference model was given"
+            )
+        self.policy = policy
+        self.reference = reference
+        self.prompts = prompts
+        self.prompt_encoder = prompt_encoder
+        self.source = source
+        self.rollout = rollout
+        self.rewards = rewards
+        self.optimizer = optimizer
+        self.spans = spans
+        self.world = world
+        self.seed = seed
+        self.rollout_config = rollout_config
+        self.advantage_config = advantage_config
+        self.objective_config = objective_config
+        self.config = config
+        self.steps_done = 0
+
+    def step(self) -> StepReport:
+        """One GRPO step: decode and encode once, prefill once, sample G, reward, update, publish."""
+        batch = self.source.inputs(self.batch(self.steps_done))
+        self.source.prefetch(self.batch(self.steps_done + 1))
+
+        groups = self.sample(batch.inputs)
+        rewards = self.score(groups)
+        packs = self.build_packs(groups, rewards)
+
+        metrics = TokenMetrics()
+        grad_norms = []
+        for _ in range(self.config.iterations):
+            packs = [self.accumulate(training_pack, metrics) for training_pack in packs]
+            grad_norms.append(self.update())
+        self.steps_done += 1
+        with self.spans.span(Phase.PUBLISH):
+            self.rollout.publish(self.steps_done)
+        return self.report(groups, rewards, batch.dropped, metrics, grad_norms)
+
+    def sample(self, inputs: Sequence[PrefixInputs]) -> list[Group]:
+        """Embed each prefix once and generate G completions from it."""
+        with self.spans.span(Phase.PREFILL), torch.no_grad():
+            prefixes = embed(self.policy, inputs)
+        completions = self.rollout.generate(
+            prefixes, self.sampling(), self._seeds(inputs)
+        )
+        return [
+            Group(inputs=prefix, completions=group, texts=tuple(self.prompt_encoder.decode(c.token_ids) for c in group))
+            for prefix, group in zip(inputs, completions, strict=True)
+        ]
+
+    def score(self, groups: Sequence[Group]) -> list[GroupRewards]:
+        """Reward every group as a whole."""
+        with self.spans.span(Phase.REWARD):
+            return [self.rewards.score(group) for group in groups]
+
+    def build_packs(self, groups: Sequence[Group], rewards: Sequence[GroupRewards]) -> list[TrainingPack]:
+        """Pack the groups under the row budget, with advantages, loss weights and reference log-probs."""
+        with self.spans.span(Phase.PACK):
+            runs = split_by_budget(groups, self.config.budget_rows)
+            packs = [pack(run) for run in runs]
+            advantages = [group_advantages(r.totals, self.advantage_config) for r in rewards]
+            counts = self._global_counts(packs)
+        built, first = [], 0
+        for packed, run in zip(packs, runs, strict=True):
+            advantage_S = torch.cat(advantages[first : first + len(run)])
+            first += len(run)
+            built.append(self._training_pack(packed, advantage_S, counts))
+        return built
+
+    def accumulate(self, training_pack: TrainingPack, metrics: TokenMetrics) -> TrainingPack:
+        """Forward and backward of one pack; returns it with the old policy's log-probs fixed."""
+        pack, config = training_pack.pack, self.objective_config
+        with self.spans.span(Phase.FORWARD):
+            policy = completion_logprobs(self.policy, pack, temperature=self.rollout_config.temperature)
+            old_C = policy.logprob_T.detach() if training_pack.old_C is None else training_pack.old_C
+            terms = token_terms(
+                policy.logprob_T,
+                entropy_C=policy.entropy_T,
+                old_C=old_C,
+                reference_C=training_pack.reference_C,
+                rollout_C=pack.rollout_logprob_C.to(old_C),
+                advantage_C=training_pack.advantage_C.to(old_C),
+                config=config,
+            )
+            loss = (training_pack.weight_C.to(old_C) * terms.loss_C).sum()
+        with self.spans.span(Phase.BACKWARD):
+            loss.backward()
+        metrics.add(
+            terms,
+            entropy_C=policy.entropy_T.detach(),
+            logprob_C=policy.logprob_T.detach(),
+            rollout_C=pack.rollout_logprob_C.to(old_C),
+            loss=loss.detach(),
+        )
+        return replace(training_pack, old_C=old_C)
+
+    def update(self) -> float:
+        """Sum gradients over ranks, clip, step; returns the gradient norm before clipping."""
+        with self.spans.span(Phase.OPTIMIZER):
+            self.world.sum_gradients(self.optimizer.parameters)
+            return self.optimizer.step()
+
+    def sampling(self) -> SamplingParams:
+        """The rollout's sampling parameters."""
+        config = self.rollout_config
+        return SamplingParams(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            stop_token_ids=self.prompt_encoder.stop_token_ids,
+        )
+
+    def batch(self, step: int) -> tuple[Prompt, ...]:
+        """This rank's prompts of a step; a group stays whole on one rank."""
+        return self.prompts.batch(step)[self.world.rank :: self.world.size]
+
+    def report(
+        self,
+        groups: Sequence[Group],
+        rewards: Sequence[GroupRewards],
+        dropped: tuple[DroppedPrompt, ...],
+        metrics: TokenMetrics,
+        grad_norms: Sequence[float],
+    ) -> StepReport:
+        """Collect the step's scalars; phase seconds are added by whoever drains the spans."""
+        completions = [c for group in groups for c in group.completions]
+        scalars = metrics.summary() | reward_metrics(rewards)
+        scalars |= {
+            "completion/length": _mean([float(len(c.token_ids)) for c in completions]),
+            "completion/stopped": _mean([float(c.finish_reason == "stop") for c in completions]),
+            "learning_rate": self.optimizer.learning_rate,
+            "grad_norm": _mean(grad_norms),
+            "samples": float(len(completions)),
+            "prompts/dropped": float(len(dropped)),
+        }
+        return StepReport(
+            step=self.steps_done, metrics=scalars, groups=groups, rewards=rewards, dropped=dropped
+        )
+
+    def _training_pack(self, pack: PackedGroups, advantage_S: Tensor, counts: BatchCounts) -> TrainingPack:
+        lengths_C = torch.bincount(pack.sequence_C, minlength=pack.num_sequences)[pack.sequence_C]
+        reference_C = None
+        if self.reference is not None and self.objective_config.kl_coefficient:
+            with self.spans.span(Phase.REFERENCE), torch.no_grad():
+                reference_C = completion_logprobs(
+                    self.reference, pack, temperature=self.rollout_config.temperature
+                ).logprob_T
+        return TrainingPack(
+            pack=pack,
+            advantage_C=advantage_S[pack.sequence_C],
+            weight_C=token_weights(self.objective_config.loss, lengths_C, counts),
+            reference_C=reference_C,
+            old_C=None,
+        )
+
+    def _global_counts(self, packs: Sequence[PackedGroups]) -> BatchCounts:
+        local = torch.tensor([sum(p.num_sequences for p in packs), sum(len(p.completion_ids_C) for p in packs)])
+        num_sequences, num_tokens = self.world.sum(local).tolist()
+        return BatchCounts(
+            num_sequences=num_sequences, num_tokens=num_tokens, max_tokens=self.rollout_config.max_new_tokens
+        )
+
+    def _seeds(self, inputs: Sequence[PrefixInputs]) -> list[list[int]]:
+        """Sampling seeds that depend on run seed, step, prompt and sample alone."""
+        seen: Counter[str] = Counter()
+        seeds = []
+        for prefix in inputs:
+            prompt_id = prefix.prompt.prompt_id
+            key = f"{self.seed}/{self.steps_done}/{prompt_id}/{seen[prompt_id]}"
+            seen[prompt_id] += 1
+            seeds.append([_seed(f"{key}/{sample}") for sample in range(self.rollout_config.samples)])
+        return seeds
+
+
+def embed(model: HumanOmni, inputs: Sequence[PrefixInputs]) -> list[Prefix]:
+    """Build the prefix embeddings of several prompts in one batch."""
+    if not inputs:
+        return []
+    packed = model.embed_prefixes(inputs).split([len(i.token_ids_P) for i in inputs])
+    return [Prefix(inputs=i, embeddings_PD=rows) for i, rows in zip(inputs, packed, strict=True)]
+
+
+def reward_metrics(rewards: Sequence[GroupRewards]) -> dict[str, float]:
+    """Mean reward, its components, and the share of groups whose rewards are all equal."""
+    if not rewards:
+        return {}
+    totals = [total for group in rewards for total in group.totals]
+    spreads = [statistics.pstdev(group.totals) for group in rewards]
+    return {
+        "reward/mean": _mean(totals),
+        "reward/std": _mean(spreads),
+        "reward/equal_groups": _mean([float(spread == 0) for spread in spreads]),
+    } | {
+        f"reward/{name}": _mean([value for group in rewards for value in group.components[name]])
+        for name in rewards[0].components
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
