@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from omnigrpo.algorithm.advantage import AdvantageConfig
 from omnigrpo.algorithm.objective import ObjectiveConfig
 from omnigrpo.data.dataset import PromptStyle
+from omnigrpo.loop import LoopConfig
 from omnigrpo.model.prompting import PromptTemplate
 from omnigrpo.prefix_source import MediaConfig
 from omnigrpo.reward.composition import RewardConfig
@@ -52,25 +53,6 @@ class DataConfig:
     media_root: Path | None = None
     """Clip paths are relative to this; None takes each JSON file's own directory."""
     style: PromptStyle = field(default_factory=PromptStyle)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopConfig:
-    """The run around the steps."""
-
-    output: Path
-    """Run directory; it gets config.toml, metrics.jsonl, rollouts.jsonl, checkpoints/ and model/."""
-    steps: int = 100
-    seed: int = 0
-    save_every: int = 100
-    """Steps between checkpoints; the last step is always saved."""
-    keep_last: int = 2
-    """Checkpoints kept."""
-    log_rollouts_every: int = 10
-    """Steps between the groups written to rollouts.jsonl."""
-    threads: int | None = None
-    """CPU threads of torch; None leaves torch's choice."""
-    tensorboard: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

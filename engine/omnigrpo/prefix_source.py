@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from omnigrpo.media.container_check import content_hash
 from omnigrpo.media.decode import SamplingConfig, decode
 from omnigrpo.media.feature_cache import FeatureCache, feature_key
 from omnigrpo.media.log_mel import whisper_log_mel
@@ -105,12 +106,16 @@ class PrefixSource:
     def _lookup(self, prompt: Prompt) -> ClipFeatures | None:
         if not prompt.modalities:
             return ClipFeatures(vision_FND=None, audio_AD=None)
-        identity = _identity(prompt)
-        content_hash = None if identity is None else self._known_hashes.get(identity)
-        return None if content_hash is None else self._cache.get(self._key(prompt, content_hash))
+        try:
+            identity = _identity(prompt)
+            if identity not in self._known_hashes:
+                self._known_hashes[identity] = content_hash(prompt.clip)
+        except OSError:
+            return None  # The decoder says what is wrong with the file.
+        return self._cache.get(self._key(prompt, self._known_hashes[identity]))
 
-    def _key(self, prompt: Prompt, content_hash: str) -> str:
-        return feature_key(content_hash, f"{self._recipe}/{'+'.join(prompt.modalities)}")
+    def _key(self, prompt: Prompt, clip_hash: str) -> str:
+        return feature_key(clip_hash, f"{self._recipe}/{'+'.join(prompt.modalities)}")
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[ClipFeatures | DroppedPrompt]:
         with self._spans.span(Phase.DECODE):
@@ -146,21 +151,17 @@ class PrefixSource:
         return self._model.encode(torch.stack(pixels) if pixels else None, torch.stack(mels) if mels else None)
 
     def _remember(self, prompt: Prompt, clip: DecodedClip, features: ClipFeatures) -> None:
-        identity = _identity(prompt)
-        if identity is not None and clip.content_hash is not None:
-            self._known_hashes[identity] = clip.content_hash
-            self._cache.put(self._key(prompt, clip.content_hash), features)
+        assert clip.content_hash is not None, "a decoded clip has a hash"
+        self._known_hashes[_identity(prompt)] = clip.content_hash
+        self._cache.put(self._key(prompt, clip.content_hash), features)
 
 
 def _dropped(prompt: Prompt, clip: DecodedClip) -> DroppedPrompt:
     return DroppedPrompt(prompt_id=prompt.prompt_id, status=clip.status, error=clip.error or clip.status)
 
 
-def _identity(prompt: Prompt) -> tuple[object, ...] | None:
-    """What tells an unchanged file without reading it; None when there is no such file."""
+def _identity(prompt: Prompt) -> tuple[object, ...]:
+    """What tells an unchanged file without reading it; OSError when there is no such file."""
     clip = prompt.clip
-    try:
-        stat = clip.path.stat()
-    except OSError:
-        return None
+    stat = clip.path.stat()
     return (clip.path, stat.st_mtime_ns, stat.st_size, clip.start_seconds, clip.end_seconds)

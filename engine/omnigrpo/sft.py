@@ -7,6 +7,7 @@ import torch
 from omnigrpo.algorithm.packing import pack, split_by_budget
 from omnigrpo.algorithm.policy import completion_logprobs
 from omnigrpo.data.prompt_stream import PromptStream
+from omnigrpo.metrics import Metric
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.prompting import PromptEncoder
 from omnigrpo.prefix_source import PrefixSource
@@ -65,12 +66,12 @@ class SupervisedTrainer:
         return StepReport(
             step=self.steps_done,
             metrics={
-                "loss": loss_sum,
-                "entropy/mean": entropy_sum / max(num_tokens, 1),
-                "learning_rate": self.optimizer.learning_rate,
-                "grad_norm": grad_norm,
-                "samples": float(len(groups)),
-                "prompts/dropped": float(len(batch.dropped)),
+                Metric.LOSS: loss_sum,
+                Metric.ENTROPY: entropy_sum / max(num_tokens, 1),
+                Metric.LEARNING_RATE: self.optimizer.learning_rate,
+                Metric.GRAD_NORM: grad_norm,
+                Metric.SAMPLES: float(len(groups)),
+                Metric.DROPPED: float(len(batch.dropped)),
             },
             dropped=batch.dropped,
         )

@@ -17,6 +17,7 @@ from omnigrpo.algorithm.packing import pack, split_by_budget
 from omnigrpo.algorithm.policy import completion_logprobs
 from omnigrpo.algorithm.token_metrics import TokenMetrics
 from omnigrpo.data.prompt_stream import PromptStream
+from omnigrpo.metrics import REWARD_COMPONENT_PREFIX, Metric
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.prompting import PromptEncoder
 from omnigrpo.prefix_source import PrefixSource
@@ -25,7 +26,7 @@ from omnigrpo.rollout.interface import RolloutEngine, SamplingParams
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
 from omnigrpo.runtime.spans import Phase, SpanRecorder
-from omnigrpo.schema import DroppedPrompt, Group, GroupRewards, PackedGroups, Prefix, PrefixInputs, StepReport
+from omnigrpo.schema import DroppedPrompt, Group, GroupRewards, PackedGroups, Prefix, PrefixInputs, Prompt, StepReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,12 +221,12 @@ class Trainer:
         completions = [c for group in groups for c in group.completions]
         scalars = metrics.summary() | reward_metrics(rewards)
         scalars |= {
-            "completion/length": _mean([float(len(c.token_ids)) for c in completions]),
-            "completion/stopped": _mean([float(c.finish_reason == "stop") for c in completions]),
-            "learning_rate": self.optimizer.learning_rate,
-            "grad_norm": _mean(grad_norms),
-            "samples": float(len(completions)),
-            "prompts/dropped": float(len(dropped)),
+            Metric.LENGTH: _mean([float(len(c.token_ids)) for c in completions]),
+            Metric.TRUNCATED: _mean([float(c.finish_reason == "length") for c in completions]),
+            Metric.LEARNING_RATE: self.optimizer.learning_rate,
+            Metric.GRAD_NORM: _mean(grad_norms),
+            Metric.SAMPLES: float(len(completions)),
+            Metric.DROPPED: float(len(dropped)),
         }
         return StepReport(
             step=self.steps_done, metrics=scalars, groups=groups, rewards=rewards, dropped=dropped
@@ -281,11 +282,11 @@ def reward_metrics(rewards: Sequence[GroupRewards]) -> dict[str, float]:
     totals = [total for group in rewards for total in group.totals]
     spreads = [statistics.pstdev(group.totals) for group in rewards]
     return {
-        "reward/mean": _mean(totals),
-        "reward/std": _mean(spreads),
+        Metric.REWARD: _mean(totals),
+        Metric.REWARD_STD: _mean(spreads),
         "reward/equal_groups": _mean([float(spread == 0) for spread in spreads]),
     } | {
-        f"reward/{name}": _mean([value for group in rewards for value in group.components[name]])
+        f"{REWARD_COMPONENT_PREFIX}{name}": _mean([value for group in rewards for value in group.components[name]])
         for name in rewards[0].components
     }
 

@@ -18,18 +18,18 @@ class TokenMetrics:
         self, terms: TokenTerms, *, entropy_C: Tensor, logprob_C: Tensor, rollout_C: Tensor, loss: Tensor
     ) -> None:
         """Count one pack; all tensors are detached, ``[C]``, and ``loss`` is the pack's share of the loss."""
-        gap_C = (logprob_C - rollout_C).abs()
+        difference_C = (logprob_C - rollout_C).abs()
         sums = {
             "kl/mean": terms.kl_C.sum(),
             "entropy/mean": entropy_C.sum(),
             "ratio/mean": terms.ratio_C.sum(),
             "clip/fraction": terms.clipped_C.sum(),
-            "rollout_gap/mean": gap_C.sum(),
+            "logprob_difference/mean": difference_C.sum(),
         }
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         self._sums["loss"] = self._sums.get("loss", torch.zeros_like(loss)) + loss
-        for name, value in {"ratio/max": terms.ratio_C.max(), "rollout_gap/max": gap_C.max()}.items():
+        for name, value in {"ratio/max": terms.ratio_C.max(), "logprob_difference/max": difference_C.max()}.items():
             self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
         self._num_tokens += len(logprob_C)
 

@@ -1,0 +1,150 @@
+"""The command line. Heavy imports live inside the commands, so that --help answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="omnigrpo",
+    help="Train video+audio language models by GRPO with verifiable rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; see presets/.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Override, e.g. optimizer.learning_rate=1e-5. Repeatable.")
+]
+ModelOption = Annotated[Path | None, typer.Option("--model", help="Checkpoint directory (sets model.path).")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Dataset JSON (sets data.train).")]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Run directory (sets run.output).")]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the run (sets run.steps).")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run directory's last checkpoint.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seeds data, weights, order and sampling.")] = 0,
+) -> None:
+    """Render clips, train a tiny model on them (cold start, then GRPO), evaluate, and write a report."""
+    from omnigrpo.demo import DemoConfig, run_demo
+
+    run_demo(DemoConfig(output=output, seed=seed))
+
+
+@app.command("generate-data")
+def generate_data(
+    output: Annotated[Path, typer.Argument(help="Directory for the clips and the JSON files.")],
+    seed: Annotated[int, typer.Option(help="Same seed, same clips.")] = 0,
+    cold_start: Annotated[int, typer.Option(min=7, help="Clips with reasoning.")] = 112,
+    rl: Annotated[int, typer.Option(min=7, help="Clips with bare labels.")] = 1008,
+    heldout: Annotated[int, typer.Option(min=7, help="Held-out clips.")] = 210,
+    ood: Annotated[int, typer.Option(min=7, help="Out-of-distribution clips.")] = 210,
+) -> None:
+    """Render a synthetic emotion dataset: H.264+AAC clips and R1-Omni JSON files."""
+    from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset
+    from omnigrpo.progress import counting
+
+    settings = SyntheticConfig(
+        seed=seed, num_cold_start=cold_start, num_rl=rl, num_heldout=heldout, num_ood=ood
+    )
+    with counting("render clips") as show:
+        manifest = generate_dataset(output, settings, on_progress=show)
+    typer.echo(f"{'found' if manifest.reused else 'wrote'} {output}: cold_start, rl, heldout and ood .json")
+
+
+@app.command()
+def sft(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    output: OutputOption = None,
+    steps: StepsOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Supervised training on reasoning and answers (the cold start)."""
+    from omnigrpo.config import load_config
+    from omnigrpo.run import run_sft
+
+    run_sft(load_config(config, [*(overrides or []), *_short(model, data, output, steps)]), resume=resume)
+
+
+@app.command()
+def train(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    output: OutputOption = None,
+    steps: StepsOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Train by GRPO on clips with verifiable answers."""
+    from omnigrpo.config import load_config
+    from omnigrpo.run import run_grpo
+
+    run_grpo(load_config(config, [*(overrides or []), *_short(model, data, output, steps)]), resume=resume)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Option("--model", help="Checkpoint directory.")],
+    data: Annotated[list[Path], typer.Option("--data", help="Dataset JSON; repeatable.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the JSON results.")] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """WAR, UAR, per-class recall and format rate of a checkpoint, by greedy decoding."""
+    from omnigrpo.config import load_config
+    from omnigrpo.run import run_evaluation
+
+    short = _short(model, data[0], output or Path("."), None)
+    splits = ", ".join(f"{path.stem} = {_toml(path)}" for path in data)
+    settings = load_config(config, [*(overrides or []), *short, f"data.evaluate={{{splits}}}"])
+    run_evaluation(settings, output=output)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Write RUN/report.html: one self-contained page."""
+    from omnigrpo.report.page import write_report
+
+    typer.echo(f"wrote {write_report(run)}")
+
+
+@app.command()
+def info() -> None:
+    """Print versions, the device, and which kernels are active."""
+    from omnigrpo.info import print_info
+
+    print_info()
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one message on stderr and exit status 2."""
+    debug = bool(os.environ.get("OMNIGRPO_TRACEBACK"))
+    try:
+        app()
+    except (ValueError, OSError, ArithmeticError) as error:
+        if debug:
+            raise
+        print(f"error: {error}\n(OMNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _short(model: Path | None, data: Path | None, output: Path | None, steps: int | None) -> list[str]:
+    """The overrides that the short options stand for."""
+    given = {"model.path": model, "data.train": data, "run.output": output}
+    overrides = [f"{key}={_toml(path)}" for key, path in given.items() if path is not None]
+    return overrides if steps is None else [*overrides, f"run.steps={steps}"]
+
+
+def _toml(path: Path) -> str:
+    """A path as a TOML literal string."""
+    return f"'''{path}'''"

@@ -1,0 +1,148 @@
+"""`omnigrpo demo`: clips, cold start, GRPO, evaluation and report, from nothing, on a CPU."""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from rich.console import Console
+
+from omnigrpo.config import RunConfig, load_config
+from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset, vocabulary_texts
+from omnigrpo.data.synthetic.emotions import AUDIO_ONLY_PAIRS, VIDEO_ONLY_PAIRS
+from omnigrpo.evaluate.evaluation_report import EvaluationReport
+from omnigrpo.metrics import SECONDS_PREFIX, Metric, read_metrics
+from omnigrpo.model.checkpoint_format import Tokenizers, load_towers, save_model
+from omnigrpo.model.config import tiny
+from omnigrpo.model.humanomni import HumanOmni
+from omnigrpo.model.tiny_tokenizer import build_gate_tokenizer, build_tokenizer
+from omnigrpo.progress import counting
+from omnigrpo.report.page import write_report
+from omnigrpo.run import EVALUATIONS_DIRECTORY, MODEL_DIRECTORY, run_evaluation, run_grpo, run_sft
+
+SPLITS = ("heldout", "ood")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What the demo may vary."""
+
+    output: Path
+    seed: int = 0
+    data: SyntheticConfig = SyntheticConfig()
+    overrides: tuple[str, ...] = ()
+    """Further settings of the GRPO stage."""
+
+
+def run_demo(config: DemoConfig) -> dict[str, object]:
+    """Run every stage into ``config.output`` and return what summary.json holds."""
+    console = Console()
+    output, seconds = config.output, {}
+    data = output / "data"
+    with _stage(console, seconds, "render clips"), counting("render clips") as show:
+        generate_dataset(data, replace(config.data, seed=config.seed), on_progress=show)
+    base = build_base(output / "base", seed=config.seed)
+
+    cold_start = _settings(config, "demo_cold_start", base, data / "cold_start.json", output / "cold_start")
+    with _stage(console, seconds, "cold start"):
+        run_sft(cold_start)
+    with _stage(console, seconds, "evaluate the cold start"):
+        before = _evaluate(config, output / "cold_start" / MODEL_DIRECTORY, "cold_start")
+
+    start = output / "cold_start" / MODEL_DIRECTORY
+    grpo = _settings(config, "demo_grpo", start, data / "rl.json", output, *config.overrides)
+    with _stage(console, seconds, "GRPO"):
+        run_grpo(grpo)
+    with _stage(console, seconds, "evaluate GRPO"):
+        after = _evaluate(config, output / MODEL_DIRECTORY, "grpo")
+
+    summary = summarise(output, config.seed, {"cold_start": before, "grpo": after}, seconds)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    console.print(f"wrote {write_report(output)} and {output / 'summary.json'}")
+    return summary
+
+
+def build_base(directory: Path, *, seed: int) -> Path:
+    """Write the untrained tiny model: shipped towers, new tokenizers, everything else drawn from ``seed``."""
+    texts = vocabulary_texts()
+    tokenizer, gate_tokenizer = build_tokenizer(texts), build_gate_tokenizer(texts)
+    model = HumanOmni(tiny(vocab_size=len(tokenizer), gate_vocab_size=len(gate_tokenizer)))
+    model.init_weights(seed)
+    with as_file(files("omnigrpo.model") / "assets" / "tiny_towers.safetensors") as towers:
+        load_towers(model, towers)
+    save_model(model, Tokenizers(text=tokenizer, gate=gate_tokenizer), directory)
+    return directory
+
+
+def summarise(
+    output: Path, seed: int, stages: dict[str, dict[str, EvaluationReport]], stage_seconds: dict[str, float]
+) -> dict[str, object]:
+    """Gather the figures of a finished demo."""
+    steps = read_metrics(output)
+    phases = sorted({key for step in steps for key in step if key.startswith(SECONDS_PREFIX)})
+    return {
+        "seed": seed,
+        "evaluations": {
+            stage: {split: _figures(report) for split, report in splits.items()}
+            for stage, splits in stages.items()
+        },
+        "samples_per_second": statistics.median(step[Metric.SAMPLES_PER_SECOND] for step in steps),
+        "seconds_per_phase": {
+            key.removeprefix(SECONDS_PREFIX): sum(step.get(key) or 0.0 for step in steps) for key in phases
+        },
+        "seconds_per_stage": stage_seconds,
+        "peak_memory_gib": _peak_memory_gib(),
+        "dropped_prompts": int(sum(step[Metric.DROPPED] for step in steps)),
+    }
+
+
+def _figures(report: EvaluationReport) -> dict[str, object]:
+    audio_pairs = {pair.labels for pair in report.pairs} & set(AUDIO_ONLY_PAIRS)
+    return {
+        "war": report.strict.war,
+        "uar": report.strict.uar,
+        "war_alias": report.alias.war,
+        "uar_alias": report.alias.uar,
+        "war_standard_error": report.strict.war_standard_error,
+        "format_rate": report.format_rate,
+        "mean_completion_tokens": report.mean_completion_tokens,
+        "recalls": report.strict.recalls,
+        "audio_only_pair_recalls": {
+            "/".join(pair.labels): pair.recalls for pair in report.pairs if pair.labels in audio_pairs
+        },
+    }
+
+
+def _settings(config: DemoConfig, preset: str, model: Path, train: Path, output: Path, *extra: str) -> RunConfig:
+    with as_file(files("omnigrpo") / "presets" / f"{preset}.toml") as path:
+        values = {"model.path": model, "data.train": train, "run.output": output}
+        own = [f"{key}='''{value}'''" for key, value in values.items()]
+        splits = ", ".join(f"{split} = '''{config.output / 'data' / split}.json'''" for split in SPLITS)
+        return load_config(path, [*own, f"data.evaluate={{{splits}}}", f"run.seed={config.seed}", *extra])
+
+
+def _evaluate(config: DemoConfig, model: Path, stage: str) -> dict[str, EvaluationReport]:
+    settings = _settings(config, "demo_grpo", model, config.output / "data" / "rl.json", config.output)
+    return run_evaluation(settings, output=config.output / EVALUATIONS_DIRECTORY, stage=stage, pairs=(*AUDIO_ONLY_PAIRS, *VIDEO_ONLY_PAIRS))
+
+
+def _peak_memory_gib() -> float:
+    """Largest resident set of this process and of any child, GiB (Linux reports KiB, macOS bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * unit / 2**30
+
+
+@contextmanager
+def _stage(console: Console, seconds: dict[str, float], name: str) -> Iterator[None]:
+    console.rule(name)
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+    console.print(f"{name}: {seconds[name]:.1f} s")

@@ -1,0 +1,119 @@
+"""The result of one evaluation, as data and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from omnigrpo.evaluate.emotion_metrics import (
+    EmotionMetrics,
+    Matching,
+    PairRecall,
+    emotion_metrics,
+    pair_recalls,
+    predicted_label,
+)
+from omnigrpo.reward.tagged_answer import Format, Preset
+from omnigrpo.schema import DroppedPrompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatedClip:
+    """One clip and what the model said of it."""
+
+    prompt_id: str
+    clip: str
+    """Path of the media file."""
+    solution: str
+    text: str
+    """The completion, special tokens removed."""
+    num_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationReport:
+    """Figures of one model on one split, and the completions behind them."""
+
+    stage: str
+    """What was done to the model before, e.g. ``cold_start`` or ``grpo``."""
+    split: str
+    strict: EmotionMetrics
+    alias: EmotionMetrics
+    pairs: tuple[PairRecall, ...]
+    """Alias matching."""
+    format_rate: float
+    """Share of completions in the robust format: one think block, then one answer block."""
+    truncated_rate: float
+    """Share of completions that reached the token limit."""
+    mean_completion_tokens: float
+    seconds: float
+    """Wall time of generation."""
+    clips: tuple[EvaluatedClip, ...]
+    num_dropped: int
+    """Prompts left out because their clip could not be used; no figure counts them."""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data for ``json.dumps``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict) -> Self:
+        """The report that ``to_json`` wrote; ValueError when a field is missing or unknown."""
+        try:
+            return cls(
+                **data
+                | {
+                    "strict": _metrics_from_json(data["strict"]),
+                    "alias": _metrics_from_json(data["alias"]),
+                    "pairs": tuple(_pair_from_json(pair) for pair in data["pairs"]),
+                    "clips": tuple(EvaluatedClip(**clip) for clip in data["clips"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"not an evaluation report ({error}); evaluate again to write a new one"
+            ) from error
+
+
+def summarise(
+    clips: Sequence[EvaluatedClip],
+    *,
+    stage: str,
+    split: str,
+    labels: Sequence[str] | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
+    dropped: Sequence[DroppedPrompt] = (),
+    seconds: float = 0.0,
+) -> EvaluationReport:
+    """Work out every figure of the report from the completions."""
+    golds = [clip.solution for clip in clips]
+    predictions = {
+        matching: [predicted_label(clip.text, matching) for clip in clips] for matching in Matching
+    }
+    strict, alias = (
+        emotion_metrics(golds, predictions[matching], matching=matching, labels=labels)
+        for matching in (Matching.STRICT, Matching.ALIAS)
+    )
+    in_format = Format(preset=Preset.ROBUST)
+    return EvaluationReport(
+        stage=stage,
+        split=split,
+        strict=strict,
+        alias=alias,
+        pairs=pair_recalls(golds, predictions[Matching.ALIAS], pairs, matching=Matching.ALIAS),
+        format_rate=sum(in_format.is_right(clip.text) for clip in clips) / len(clips),
+        truncated_rate=sum(clip.finish_reason == "length" for clip in clips) / len(clips),
+        mean_completion_tokens=sum(clip.num_tokens for clip in clips) / len(clips),
+        seconds=seconds,
+        clips=tuple(clips),
+        num_dropped=len(dropped),
+    )
+
+
+def _metrics_from_json(data: dict) -> EmotionMetrics:
+    confusion = tuple(tuple(row) for row in data["confusion"])
+    return EmotionMetrics(**data | {"labels": tuple(data["labels"]), "confusion": confusion})
+
+
+def _pair_from_json(data: dict) -> PairRecall:
+    return PairRecall(**{name: tuple(value) for name, value in data.items()})

@@ -1,0 +1,76 @@
+"""Runs a rollout engine over a split and reports how often it is right."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+
+from omnigrpo.evaluate.evaluation_report import EvaluatedClip, EvaluationReport, summarise
+from omnigrpo.rollout.interface import RolloutEngine, SamplingParams
+from omnigrpo.schema import Completion, DroppedPrompt, Prefix
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prefixes: Iterable[Prefix],
+    *,
+    detokenize: Callable[[Sequence[int]], str],
+    sampling: SamplingParams,
+    stage: str,
+    split: str,
+    labels: Sequence[str] | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
+    dropped: Sequence[DroppedPrompt] = (),
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> EvaluationReport:
+    """Answer every prompt once, greedily, and compare the answers with the solutions.
+
+    ``prefixes`` may be a generator: ``batch_size`` of them are held at a time. ``sampling`` gives the limits;
+    its temperature, top-k and top-p are ignored. ``detokenize`` leaves special tokens out. ``on_batch`` is
+    told the number of prompts answered so far. A generator may add to ``dropped`` (a list) while it runs.
+
+    Raises ValueError when there is no prompt left to answer.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    greedy = replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
+    clips: list[EvaluatedClip] = []
+    seconds = 0.0
+    for batch in _batched(prefixes, batch_size):
+        started = time.perf_counter()
+        completions = engine.generate(batch, greedy, [(0,)] * len(batch))
+        seconds += time.perf_counter() - started
+        clips += [
+            _evaluated(prefix, only, detokenize) for prefix, (only,) in zip(batch, completions, strict=True)
+        ]
+        if on_batch is not None:
+            on_batch(len(clips))
+    if not clips:
+        raise ValueError(
+            f"nothing to evaluate on split {split!r}: no usable prompt, {len(dropped)} dropped"
+            + (f", the first because {dropped[0].error}" if dropped else "")
+        )
+    return summarise(
+        clips, stage=stage, split=split, labels=labels, pairs=pairs, dropped=dropped, seconds=seconds
+    )
+
+
+def _evaluated(
+    prefix: Prefix, completion: Completion, detokenize: Callable[[Sequence[int]], str]
+) -> EvaluatedClip:
+    prompt = prefix.inputs.prompt
+    return EvaluatedClip(
+        prompt_id=prompt.prompt_id,
+        clip=str(prompt.clip.path),
+        solution=prompt.solution,
+        text=detokenize(completion.token_ids),
+        num_tokens=len(completion.token_ids),
+        finish_reason=completion.finish_reason,
+    )
+
+
+def _batched(prefixes: Iterable[Prefix], size: int) -> Iterator[list[Prefix]]:
+    remaining = iter(prefixes)
+    while batch := list(islice(remaining, size)):
+        yield batch

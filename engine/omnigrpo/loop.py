@@ -1,0 +1,74 @@
+"""The run around the steps: progress, metrics, checkpoints, resumption."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from omnigrpo.step_records import dropped_records, rollout_records
+from omnigrpo.metrics import SECONDS_PREFIX, Metric, MetricsLog, training_progress
+from omnigrpo.runtime.spans import SpanRecorder
+from omnigrpo.schema import StepReport
+
+
+class Steps(Protocol):
+    """A trainer as the loop sees it."""
+
+    steps_done: int
+
+    def step(self) -> StepReport:
+        """Take one step."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """How long a run is and what it leaves behind."""
+
+    output: Path
+    """Run directory: config.toml, metrics.jsonl, rollouts.jsonl, dropped.jsonl, checkpoints/."""
+    steps: int = 100
+    seed: int = 0
+    save_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    log_rollouts_every: int = 10
+    """Steps between the groups written to rollouts.jsonl."""
+    rollouts_logged: int = 2
+    """Groups written each time."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves torch's choice."""
+    tensorboard: bool = False
+
+
+def run_steps(
+    trainer: Steps,
+    *,
+    config: LoopConfig,
+    log: MetricsLog,
+    spans: SpanRecorder,
+    save: Callable[[int], None],
+    title: str,
+) -> None:
+    """Step until ``config.steps`` are done, logging each one and saving every ``save_every``."""
+    first = trainer.steps_done
+    with training_progress(config.steps, first_step=first, title=title) as progress:
+        while trainer.steps_done < config.steps:
+            started = time.perf_counter()
+            report = trainer.step()
+            metrics = report.metrics | _timing(report, spans.drain(), time.perf_counter() - started)
+            log.log(report.step, metrics)
+            log.log_dropped(report.step, dropped_records(report))
+            if report.step % config.log_rollouts_every == 0 or report.step == first + 1:
+                log.log_rollouts(report.step, rollout_records(report, limit=config.rollouts_logged))
+            progress.update(report.step, metrics)
+            if report.step % config.save_every == 0 or report.step == config.steps:
+                save(report.step)
+
+
+def _timing(report: StepReport, phase_seconds: Mapping[str, float], wall_seconds: float) -> dict[str, float]:
+    phases = {f"{SECONDS_PREFIX}{name}": seconds for name, seconds in phase_seconds.items()}
+    rate = report.metrics[Metric.SAMPLES] / wall_seconds
+    return phases | {Metric.STEP_SECONDS: wall_seconds, Metric.SAMPLES_PER_SECOND: rate}

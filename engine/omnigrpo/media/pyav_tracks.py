@@ -1,0 +1,148 @@
+"""Demuxing: a clip's compressed video and audio packets, its timeline, and whether the file is whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from io import BufferedReader
+from typing import Generic, TypeVar
+
+import av
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from omnigrpo.media.container_check import shortfall
+from omnigrpo.schema import Clip, ClipStatus
+
+StreamT = TypeVar("StreamT", VideoStream, AudioStream)
+
+_IO_BUFFER_BYTES = 1 << 18
+
+
+class ClipError(Exception):
+    """A clip that cannot be used: its status, and the reason as a sentence whose subject is the path."""
+
+    def __init__(self, status: ClipStatus, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Track(Generic[StreamT]):
+    """One stream and all its packets, still compressed, in decoding order."""
+
+    stream: StreamT
+    packets: list[Packet]
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds per unit of a time stamp."""
+        return self.stream.time_base or Fraction(1, 1_000_000)
+
+    @property
+    def start_seconds(self) -> float | None:
+        """When the first picture or sound that is shown starts; None when no packet tells."""
+        stamps = [packet.pts for packet in self.packets if packet.pts is not None and not packet.is_discard]
+        return float(min(stamps) * self.time_base) if stamps else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """The part of the file that the clip means, in seconds after the origin."""
+
+    origin_seconds: float
+    """Container time of the first video frame; of the first sound in a file without video."""
+    start_seconds: float | None
+    end_seconds: float | None
+
+    def __contains__(self, container_seconds: float | Fraction) -> bool:
+        after_origin = container_seconds - self.origin_seconds
+        if self.start_seconds is not None and after_origin < self.start_seconds:
+            return False
+        return self.end_seconds is None or after_origin < self.end_seconds
+
+    def __str__(self) -> str:
+        end = "the end" if self.end_seconds is None else f"{self.end_seconds:g} s"
+        return f"the window from {self.start_seconds or 0:g} s to {end}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracks:
+    """The demuxed clip; a track is None when the file has no such stream."""
+
+    video: Track[VideoStream] | None
+    audio: Track[AudioStream] | None
+    window: Window
+
+
+@contextmanager
+def open_tracks(file: BufferedReader, clip: Clip) -> Iterator[Tracks]:
+    """Demux an open file; the tracks can be decoded while the context is open.
+
+    Raises:
+        ClipError: UNREADABLE when it is not media, TRUNCATED or CORRUPT when part of it is missing.
+    """
+    missing = shortfall(file)
+    try:
+        container = av.open(file, mode="r", buffer_size=_IO_BUFFER_BYTES, metadata_errors="replace")
+    except FFmpegError as error:
+        if missing is not None:
+            raise ClipError(ClipStatus.TRUNCATED, f"is truncated: {missing}") from error
+        raise ClipError(
+            ClipStatus.UNREADABLE, f"is not a readable media file: {_words(error)}; check it with a player"
+        ) from error
+    with container:
+        video, audio, failure = _demux(container)
+        if missing is not None or failure is not None:
+            raise _incomplete(video or audio, missing, failure)
+        yield Tracks(video=video, audio=audio, window=_window(clip, video, audio))
+
+
+def _demux(
+    container: InputContainer,
+) -> tuple[Track[VideoStream] | None, Track[AudioStream] | None, FFmpegError | None]:
+    """Read every packet of the first real video stream and the first audio stream, until a failure."""
+    videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    video = Track(stream=videos[0], packets=[]) if videos else None
+    audio = Track(stream=container.streams.audio[0], packets=[]) if container.streams.audio else None
+    tracks = {track.stream.index: track for track in (video, audio) if track is not None}
+    if not tracks:
+        return None, None, None
+    try:
+        for packet in container.demux([track.stream for track in tracks.values()]):
+            if packet.size > 0:
+                tracks[packet.stream_index].packets.append(packet)
+    except FFmpegError as error:
+        return video, audio, error
+    return video, audio, None
+
+
+def _incomplete(
+    track: Track[VideoStream] | Track[AudioStream] | None,
+    missing: str | None,
+    failure: FFmpegError | None,
+) -> ClipError:
+    """The error of a file whose packets end too soon."""
+    why = missing or _words(failure)
+    if track is None:
+        return ClipError(ClipStatus.TRUNCATED, f"is truncated: {why}")
+    present, declared = len(track.packets), track.stream.frames
+    if declared > present or missing is not None:
+        counts = f"{present} of {declared or 'an unknown number of'} {track.stream.type} packets are there"
+        return ClipError(ClipStatus.TRUNCATED, f"is truncated: {counts}; {why}")
+    return ClipError(ClipStatus.CORRUPT, f"is corrupt: reading stopped after {present} packets; {why}")
+
+
+def _window(clip: Clip, video: Track[VideoStream] | None, audio: Track[AudioStream] | None) -> Window:
+    starts = [track.start_seconds for track in (video, audio) if track is not None]
+    origin = next((start for start in starts if start is not None), 0.0)
+    return Window(origin_seconds=origin, start_seconds=clip.start_seconds, end_seconds=clip.end_seconds)
+
+
+def _words(error: FFmpegError | None) -> str:
+    """FFmpeg's own words for what went wrong."""
+    return "" if error is None else (error.strerror or type(error).__name__)

@@ -1,0 +1,170 @@
+"""Qwen2 decoder over packed groups: one layer code for training, prefill and decoding.
+
+Shape suffixes: ``T`` packed rows, ``S`` sequences that decode one token each, ``L`` layers, ``D`` width,
+``N`` query heads, ``K`` key/value heads, ``H`` head width. Rows are T in a packed pass, S in a decode step.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from omnigrpo.model.config import DecoderConfig
+from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout, shared_prefix_attention
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""``attend(layer_index, q_SNH, k_SKH, v_SKH) -> o_SNH``; q and k are already rotated."""
+LayerAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every row's rotary angles, ``[T, 1, H / 2]``, at least float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in at least float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, rows_TD: Tensor) -> Tensor:
+        """Normalise each row; the weight multiplies in the input's dtype, as in the reference."""
+        wide_TD = rows_TD.to(_at_least_float32(rows_TD.dtype))
+        scale_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide_TD * scale_T1).to(rows_TD.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Projections around an attention that the caller supplies."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        query_width = config.num_heads * config.head_width
+        kv_width = config.num_kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.width, query_width)
+        self.k_proj = nn.Linear(config.width, kv_width)
+        self.v_proj = nn.Linear(config.width, kv_width)
+        self.o_proj = nn.Linear(query_width, config.width, bias=False)
+
+    def forward(self, rows_TD: Tensor, rotation: Rotation, attend: LayerAttend) -> Tensor:
+        """Rotate q and k, attend, and project back to ``[T, D]``."""
+        heads = (-1, self.head_width)
+        q_TNH = rotate(self.q_proj(rows_TD).unflatten(-1, heads), rotation)
+        k_TKH = rotate(self.k_proj(rows_TD).unflatten(-1, heads), rotation)
+        v_TKH = self.v_proj(rows_TD).unflatten(-1, heads)
+        return self.o_proj(attend(q_TNH, k_TKH, v_TKH).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward network."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, rows_TD: Tensor) -> Tensor:
+        """``down(silu(gate(x)) * up(x))``."""
+        return self.down_proj(functional.silu(self.gate_proj(rows_TD)) * self.up_proj(rows_TD))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.mlp = SwiGLU(config)
+        self.input_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+
+    def forward(self, rows_TD: Tensor, rotation: Rotation, attend: LayerAttend) -> Tensor:
+        """One layer; ``attend`` decides which rows see which."""
+        rows_TD = rows_TD + self.self_attn(self.input_layernorm(rows_TD), rotation, attend)
+        return rows_TD + self.mlp(self.post_attention_layernorm(rows_TD))
+
+
+class Qwen2Decoder(nn.Module):
+    """Qwen2 without its vocabulary head: embeddings in, hidden states after the final norm out."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.rms_norm_eps)
+
+    def forward(self, embeddings_TD: Tensor, positions_T: Tensor, layout: SharedPrefixLayout) -> Tensor:
+        """Run packed groups and return ``hidden_TD``; differentiable."""
+
+        def attend(_layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+            return shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout)
+
+        return self._run(embeddings_TD, positions_T, attend)
+
+    @torch.no_grad()
+    def prefill(
+        self, embeddings_TD: Tensor, positions_T: Tensor, layout: SharedPrefixLayout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``(hidden_TD, keys_LTKH, values_LTKH)``; keys are rotated, ready for ``decode``."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def attend(_layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+            keys.append(k_TKH)
+            values.append(v_TKH)
+            return shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout)
+
+        hidden_TD = self._run(embeddings_TD, positions_T, attend)
+        return hidden_TD, torch.stack(keys), torch.stack(values)
+
+    @torch.no_grad()
+    def decode(self, embeddings_SD: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+        """Advance S sequences by one token; ``attend`` owns the KV cache and must append k and v to it."""
+        return self._run(embeddings_SD, positions_S, attend)
+
+    def _run(self, rows_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        rotation = rotary_angles(positions_T, self.config, rows_TD.dtype)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        for index, layer in enumerate(self.layers):
+            attend_layer = _bind(attend, index)
+            if recompute:
+                rows_TD = checkpoint(layer, rows_TD, rotation, attend_layer, use_reentrant=False)
+            else:
+                rows_TD = layer(rows_TD, rotation, attend_layer)
+        return self.norm(rows_TD)
+
+
+def rotary_angles(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype) -> Rotation:
+    """Angles ``position * theta ** (-2 i / H)`` of every row, for rows of ``dtype``."""
+    wide = _at_least_float32(dtype)
+    exponents = torch.arange(0, config.head_width, 2, device=positions_T.device).to(wide) / config.head_width
+    angles = positions_T.to(wide)[:, None, None] * (1.0 / config.rope_theta**exponents)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(heads_TNH: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the pairs ``(i, i + H / 2)`` of every head; the result has the input's dtype."""
+    first, second = heads_TNH.to(rotation.cos.dtype).chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads_TNH.dtype)
+
+
+def _bind(attend: Attend, layer_index: int) -> LayerAttend:
+    return lambda q, k, v: attend(layer_index, q, k, v)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,94 @@
+"""From the name of a reward in a config to the function."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+from omnigrpo.reward.interface import Reward
+from omnigrpo.reward.tagged_answer import Accuracy, Format, Preset
+
+BUILT_IN: dict[str, Callable[[Preset], Reward]] = {
+    "accuracy": lambda preset: Accuracy(preset=preset),
+    "format": lambda preset: Format(preset=preset),
+}
+
+
+def load_reward(name: str, preset: Preset) -> Reward:
+    """The built-in ``name``, or the function behind ``package.module:function`` or ``path/file.py:function``.
+
+    The preset applies to built-ins only. Raises ValueError for a name that leads to no function.
+    """
+    if ":" in name:
+        return _user_function(name)
+    if name not in BUILT_IN:
+        raise ValueError(_unknown(name))
+    return BUILT_IN[name](preset)
+
+
+def component_name(name: str) -> str:
+    """What a reward is called in metrics: the built-in's name, or the user function's."""
+    return name.rpartition(":")[2]
+
+
+def _unknown(name: str) -> str:
+    nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
+    suggestion = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return (
+        f"unknown reward {name!r}: {suggestion}Built-in rewards are {', '.join(sorted(BUILT_IN))}; "
+        "a function of yours is written 'package.module:function' or 'path/to/file.py:function'"
+    )
+
+
+def _user_function(name: str) -> Reward:
+    source, _, attribute = name.rpartition(":")
+    module = _module_of_file(Path(source), name) if source.endswith(".py") else _module(source, name)
+    function = getattr(module, attribute, None)
+    if function is None:
+        candidates = [
+            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+        ]
+        nearest = difflib.get_close_matches(attribute, candidates, n=1)
+        suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"reward {name!r}: {source} has no {attribute!r}{suggestion}")
+    if not callable(function):
+        raise ValueError(
+            f"reward {name!r}: {attribute!r} is a {type(function).__name__}, not a function of a group"
+        )
+    return cast(Reward, function)
+
+
+def _module(dotted: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(dotted)
+    except ImportError as error:
+        raise ValueError(
+            f"reward {name!r}: cannot import {dotted!r} ({error}); check the spelling, or give the file "
+            "as 'path/to/file.py:function'"
+        ) from error
+
+
+def _module_of_file(path: Path, name: str) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(
+            f"reward {name!r}: {path.resolve()} does not exist; the path is relative to {Path.cwd()}"
+        )
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    module_name = f"omnigrpo_user_reward_{digest}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered before it runs: dataclasses and pickling look their module up by name.
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        del sys.modules[module_name]
+        raise ValueError(f"reward {name!r}: cannot load {path} ({type(error).__name__}: {error})") from error
+    return module

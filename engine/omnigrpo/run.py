@@ -1,0 +1,230 @@
+"""Builds a run from its configuration and drives it: supervised training, GRPO, evaluation."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from omnigrpo.config import ConfigError, RunConfig, save_config
+from omnigrpo.data.dataset import check_responses, read_dataset
+from omnigrpo.data.prompt_stream import PromptStream
+from omnigrpo.evaluate.evaluation_report import EvaluationReport
+from omnigrpo.evaluate.evaluator import evaluate
+from omnigrpo.loop import Steps, run_steps
+from omnigrpo.metrics import MetricsLog
+from omnigrpo.model.checkpoint_format import LoadedModel, load_model, save_model, towers_hash
+from omnigrpo.model.humanomni import reference_copy
+from omnigrpo.model.prompting import PromptEncoder
+from omnigrpo.prefix_source import PrefixSource
+from omnigrpo.reward.composition import RewardSet
+from omnigrpo.rollout.interface import SamplingParams
+from omnigrpo.rollout.native_engine import NativeEngine
+from omnigrpo.runtime.checkpoint import CheckpointWriter, latest_checkpoint, load_state, model_directory
+from omnigrpo.runtime.distributed import World
+from omnigrpo.runtime.optimizer import Optimizer
+from omnigrpo.runtime.spans import SpanRecorder
+from omnigrpo.runtime.state_tree import capture_rng, restore_rng
+from omnigrpo.schema import DroppedPrompt, Prefix, Prompt
+from omnigrpo.sft import SupervisedTrainer
+from omnigrpo.trainer import Trainer, embed
+
+CONFIG_FILE = "config.toml"
+CHECKPOINTS_DIRECTORY = "checkpoints"
+MODEL_DIRECTORY = "model"
+"""The trained model of a finished run, in the reference layout."""
+EVALUATIONS_DIRECTORY = "evaluations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What every kind of run needs, built once."""
+
+    loaded: LoadedModel
+    prompt_encoder: PromptEncoder
+    source: PrefixSource
+    spans: SpanRecorder
+    world: World
+
+
+def run_sft(config: RunConfig, *, resume: bool = False) -> None:
+    """Supervised training; writes the run directory and, at its end, the model."""
+    prompts = _read(config, config.data.train)
+    check_responses(prompts, config.data.train)
+    checkpoint = _start(config, resume)
+    with _parts(config, checkpoint) as parts:
+        optimizer = _optimizer(config, parts, total_steps=config.run.steps)
+        trainer = SupervisedTrainer(
+            policy=parts.loaded.model,
+            prompts=_stream(config, prompts),
+            prompt_encoder=parts.prompt_encoder,
+            source=parts.source,
+            optimizer=optimizer,
+            spans=parts.spans,
+            world=parts.world,
+            budget_rows=config.trainer.budget_rows,
+        )
+        _drive(config, parts, trainer, optimizer, checkpoint, title="cold start")
+
+
+def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
+    """GRPO; writes the run directory and, at its end, the model."""
+    prompts = _read(config, config.data.train)
+    rewards = RewardSet.from_config(config.reward)
+    checkpoint = _start(config, resume)
+    with _parts(config, checkpoint) as parts:
+        policy = parts.loaded.model
+        reference = None
+        if config.objective.kl_coefficient:
+            start = config.model.reference or config.model.path
+            reference = reference_copy(policy if checkpoint is None and start == config.model.path else _load(config, start).model)
+        optimizer = _optimizer(config, parts, total_steps=config.run.steps * config.trainer.iterations)
+        trainer = Trainer(
+            policy=policy,
+            reference=reference,
+            prompts=_stream(config, prompts),
+            prompt_encoder=parts.prompt_encoder,
+            source=parts.source,
+            rollout=NativeEngine(policy, spans=parts.spans),
+            rewards=rewards,
+            optimizer=optimizer,
+            spans=parts.spans,
+            world=parts.world,
+            seed=config.run.seed,
+            rollout_config=config.rollout,
+            advantage_config=config.advantage,
+            objective_config=config.objective,
+            config=config.trainer,
+        )
+        _drive(config, parts, trainer, optimizer, checkpoint, title="GRPO")
+
+
+def run_evaluation(
+    config: RunConfig, *, output: Path | None, stage: str = "eval", pairs: tuple[tuple[str, str], ...] = ()
+) -> dict[str, EvaluationReport]:
+    """Evaluate the configured model on every split by greedy decoding; writes ``<stage>_<split>.json`` to output."""
+    if not config.data.evaluate:
+        raise ConfigError("data.evaluate names no split: give one, e.g. data.evaluate={heldout='heldout.json'}")
+    splits = {name: _read(config, path) for name, path in config.data.evaluate.items()}
+    reports = {}
+    with _parts(config, None) as parts:
+        engine = NativeEngine(parts.loaded.model, spans=parts.spans)
+        sampling = SamplingParams(
+            max_new_tokens=config.rollout.max_new_tokens, stop_token_ids=parts.prompt_encoder.stop_token_ids
+        )
+        for split, prompts in splits.items():
+            dropped: list[DroppedPrompt] = []
+            reports[split] = evaluate(
+                engine,
+                _prefixes(parts, prompts, dropped, batch_size=EVALUATION_BATCH),
+                detokenize=parts.prompt_encoder.decode,
+                sampling=sampling,
+                stage=stage,
+                split=split,
+                pairs=pairs,
+                dropped=dropped,
+                batch_size=EVALUATION_BATCH,
+            )
+            if output is not None:
+                output.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(reports[split].to_json(), indent=1)
+                (output / f"{stage}_{split}.json").write_text(text + "\n", encoding="utf-8")
+    return reports
+
+
+EVALUATION_BATCH = 64
+"""Prompts decoded at once in an evaluation."""
+
+
+def _read(config: RunConfig, path: Path) -> tuple[Prompt, ...]:
+    return read_dataset(path, config.data.style, media_root=config.data.media_root)
+
+
+def _stream(config: RunConfig, prompts: tuple[Prompt, ...]) -> PromptStream:
+    return PromptStream(prompts=prompts, batch_size=config.trainer.prompts_per_step, seed=config.run.seed)
+
+
+def _start(config: RunConfig, resume: bool) -> Path | None:
+    """Prepare the run directory; returns the checkpoint to go on from."""
+    output = config.run.output
+    checkpoint = latest_checkpoint(output / CHECKPOINTS_DIRECTORY)
+    if resume and checkpoint is None:
+        raise ConfigError(f"nothing to resume: {output / CHECKPOINTS_DIRECTORY} holds no checkpoint; run without --resume")
+    if not resume and (checkpoint is not None or (output / CONFIG_FILE).exists()):
+        raise ConfigError(f"{output} already holds a run: add --resume to go on, or choose another run.output")
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(config, output / CONFIG_FILE)
+    return checkpoint if resume else None
+
+
+@contextmanager
+def _parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
+    """Load the model (the checkpoint's weights when resuming) and what feeds it; closes the feed."""
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    loaded = _load(config, config.model.path if checkpoint is None else model_directory(checkpoint))
+    loaded.model.configure_bert(trainable=config.model.train_bert)
+    encoder = PromptEncoder(loaded.tokenizer, loaded.gate_tokenizer, loaded.model.config, config.prompt)
+    spans = SpanRecorder()
+    source = PrefixSource(
+        model=loaded.model,
+        prompt_encoder=encoder,
+        tower_hash=towers_hash(loaded.model),
+        config=config.media,
+        spans=spans,
+    )
+    world = World.from_environment(config.model.device)
+    try:
+        yield Parts(loaded=loaded, prompt_encoder=encoder, source=source, spans=spans, world=world)
+    finally:
+        source.close()
+        world.close()
+
+
+def _load(config: RunConfig, directory: Path) -> LoadedModel:
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device is cuda, but torch finds no CUDA device: set model.device=cpu")
+    loaded = load_model(directory, dtype=getattr(torch, config.model.dtype), device=config.model.device)
+    return loaded
+
+
+def _optimizer(config: RunConfig, parts: Parts, *, total_steps: int) -> Optimizer:
+    return Optimizer(parts.loaded.model.named_parameters(), config.optimizer, total_steps=total_steps)
+
+
+def _drive(
+    config: RunConfig, parts: Parts, trainer: Steps, optimizer: Optimizer, checkpoint: Path | None, *, title: str
+) -> None:
+    """Restore the run's state, step to the end, and leave the model."""
+    output = config.run.output
+    writer = CheckpointWriter(output / CHECKPOINTS_DIRECTORY, config.run.keep_last)
+
+    def save_weights(directory: Path) -> None:
+        save_model(parts.loaded.model, parts.loaded.tokenizers, directory)
+
+    def save(step: int) -> None:
+        writer.save(step, save_weights, {"step": step, "optimizer": optimizer.state_dict(), "rng": capture_rng()})
+
+    with MetricsLog(output, tensorboard=config.run.tensorboard) as log:
+        if checkpoint is not None:
+            state = load_state(checkpoint)
+            trainer.steps_done = state["step"]
+            optimizer.load_state_dict(state["optimizer"])
+            restore_rng(state["rng"])
+            log.truncate_after(trainer.steps_done)
+        run_steps(trainer, config=config.run, log=log, spans=parts.spans, save=save, title=title)
+    save_weights(output / MODEL_DIRECTORY)
+
+
+def _prefixes(
+    parts: Parts, prompts: tuple[Prompt, ...], dropped: list[DroppedPrompt], *, batch_size: int
+) -> Iterator[Prefix]:
+    for first in range(0, len(prompts), batch_size):
+        batch = parts.source.inputs(prompts[first : first + batch_size])
+        parts.source.prefetch(prompts[first + batch_size : first + 2 * batch_size])
+        dropped += batch.dropped
+        with torch.no_grad():
+            yield from embed(parts.loaded.model, batch.inputs)

@@ -1,0 +1,77 @@
+"""Loads the compiled extension ``omnigrpo_kernels._C`` and says which kernels are active."""
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelStatus:
+    """What runs when an op is called with tensors of one device type."""
+
+    op: str
+    device: str
+    """``cpu`` or ``cuda``."""
+    implementation: str
+    """Kernel that runs, with its instruction set; ``none`` when the call raises."""
+    active: bool
+    """True for a kernel written for this op, false for plain PyTorch or nothing."""
+    reason: str | None
+    """Why no kernel of its own is active; None when one is."""
+
+
+def load() -> ModuleType:
+    """Imports ``omnigrpo_kernels._C``, which registers ``torch.ops.omnigrpo``; ImportError says how to build it."""
+    try:
+        return importlib.import_module("omnigrpo_kernels._C")
+    except ModuleNotFoundError as error:
+        if error.name != "omnigrpo_kernels._C":
+            raise
+        raise ImportError(
+            "omnigrpo_kernels._C is not built: run `make setup`, or `pip install --no-build-isolation -e .` "
+            "in the repository with torch, setuptools and ninja installed",
+            name=error.name,
+        ) from error
+    except ImportError as error:
+        raise ImportError(
+            f"omnigrpo_kernels._C does not load with torch {torch.__version__}: {error}; rebuild it against this "
+            "torch with `pip install --no-build-isolation --force-reinstall --no-deps -e .` in the repository",
+            name="omnigrpo_kernels._C",
+        ) from error
+
+
+def kernel_status() -> list[KernelStatus]:
+    """One entry per op and device type, whether or not this machine has the device; never raises."""
+    cuda = "its Triton kernel is not written yet; plain PyTorch ops run"
+    if not torch.cuda.is_available():
+        cuda = f"no CUDA device (torch {torch.__version__}); {cuda}"
+    return [
+        _linear_logprob_on_cpu(),
+        KernelStatus(op="linear_logprob", device="cuda", implementation="PyTorch", active=False, reason=cuda),
+        KernelStatus(
+            op="shared_prefix_attention",
+            device="cpu",
+            implementation="PyTorch SDPA",
+            active=False,
+            reason="its C++ kernel is not written yet; one masked SDPA runs per group",
+        ),
+        KernelStatus(
+            op="shared_prefix_attention",
+            device="cuda",
+            implementation="PyTorch SDPA",
+            active=False,
+            reason=cuda,
+        ),
+    ]
+
+
+def _linear_logprob_on_cpu() -> KernelStatus:
+    try:
+        implementation, reason = f"C++ ({load().cpu_isa()})", None
+    except ImportError as error:
+        implementation, reason = "none", str(error)
+    return KernelStatus(
+        op="linear_logprob", device="cpu", implementation=implementation, active=reason is None, reason=reason
+    )

@@ -1,0 +1,184 @@
+import pytest
+import torch
+from torch import Tensor
+
+from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout, group_mask, shared_prefix_attention
+
+LAYOUTS = {
+    "uneven": SharedPrefixLayout(prefix_lengths=(7,), completion_lengths=((3, 5, 2),)),
+    "one-token completions": SharedPrefixLayout(prefix_lengths=(4,), completion_lengths=((1, 1, 1),)),
+    "one-token prefix": SharedPrefixLayout(prefix_lengths=(1,), completion_lengths=((2, 4),)),
+    "empty completions": SharedPrefixLayout(prefix_lengths=(5,), completion_lengths=((0, 3, 0, 2, 0),)),
+    "only empty completions": SharedPrefixLayout(prefix_lengths=(5,), completion_lengths=((0, 0),)),
+    "G=1": SharedPrefixLayout(prefix_lengths=(6,), completion_lengths=((9,),)),
+    "several groups": SharedPrefixLayout(
+        prefix_lengths=(3, 1, 8), completion_lengths=((2, 6), (1, 0, 3), (4, 4))
+    ),
+    "prefill": SharedPrefixLayout(prefix_lengths=(5, 1, 2), completion_lengths=((), (), ())),
+    "prefill beside a group": SharedPrefixLayout(prefix_lengths=(5, 4), completion_lengths=((), (2, 3))),
+}
+HEADS = {"MHA": (3, 3), "GQA": (6, 2), "MQA": (4, 1)}
+HEAD_WIDTH = 5
+
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+each_heads = pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS.values(), ids=HEADS.keys())
+
+
+def causal_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, scale: float) -> Tensor:
+    """One whole sequence, written out."""
+    repeats = q_TNH.shape[1] // k_TKH.shape[1]
+    k_TNH, v_TNH = (rows.repeat_interleave(repeats, dim=1) for rows in (k_TKH, v_TKH))
+    scores = torch.einsum("inh,jnh->nij", q_TNH, k_TNH) * scale
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return torch.einsum("nij,jnh->inh", scores.masked_fill(future, -torch.inf).softmax(-1), v_TNH)
+
+
+def dense_attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPrefixLayout, scale: float
+) -> Tensor:
+    """Each sequence alone, with its prefix repeated; results in packed order."""
+    outputs, start = [], 0
+    for prefix, lengths in zip(layout.prefix_lengths, layout.completion_lengths, strict=True):
+        prefix_rows = torch.arange(start, start + prefix)
+        outputs.append(causal_attention(q_TNH[prefix_rows], k_TKH[prefix_rows], v_TKH[prefix_rows], scale))
+        start += prefix
+        for length in lengths:
+            rows = torch.cat([prefix_rows, torch.arange(start, start + length)])
+            outputs.append(causal_attention(q_TNH[rows], k_TKH[rows], v_TKH[rows], scale)[prefix:])
+            start += length
+    return torch.cat(outputs)
+
+
+def random_qkv(
+    layout: SharedPrefixLayout, num_heads: int, num_kv_heads: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(layout.num_rows)
+    q_TNH, k_TKH, v_TKH = (
+        torch.randn(layout.num_rows, heads, HEAD_WIDTH, dtype=torch.float64, generator=generator).to(dtype)
+        for heads in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    return q_TNH.requires_grad_(), k_TKH.requires_grad_(), v_TKH.requires_grad_()
+
+
+@each_layout
+@each_heads
+def test_output_and_gradients_equal_each_sequence_alone(
+    layout: SharedPrefixLayout, num_heads: int, num_kv_heads: int
+) -> None:
+    qkv = random_qkv(layout, num_heads, num_kv_heads)
+    upstream = torch.randn(layout.num_rows, num_heads, HEAD_WIDTH, dtype=torch.float64)
+    packed = shared_prefix_attention(*qkv, layout)
+    dense = dense_attention(*qkv, layout, scale=HEAD_WIDTH**-0.5)
+    torch.testing.assert_close(packed, dense, rtol=0, atol=1e-9)
+    packed_grads = torch.autograd.grad(packed, qkv, upstream)
+    dense_grads = torch.autograd.grad(dense, qkv, upstream)
+    torch.testing.assert_close(packed_grads, dense_grads, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_precision_is_as_close_as_the_dense_computation(dtype: torch.dtype) -> None:
+    layout = LAYOUTS["several groups"]
+    qkv = random_qkv(layout, 6, 2, dtype)
+    scale = HEAD_WIDTH**-0.5
+    q_TNH, k_TKH, v_TKH = qkv
+    exact = dense_attention(q_TNH.double(), k_TKH.double(), v_TKH.double(), layout, scale=scale)
+    dense_error = (dense_attention(*qkv, layout, scale=scale).double() - exact).abs().max()
+    packed = shared_prefix_attention(*qkv, layout)
+    assert packed.dtype == dtype
+    assert (packed.double() - exact).abs().max() <= 2 * dense_error + torch.finfo(dtype).eps
+
+
+def test_scale_multiplies_the_scores() -> None:
+    layout = LAYOUTS["uneven"]
+    q_TNH, k_TKH, v_TKH = random_qkv(layout, 4, 2)
+    expected = shared_prefix_attention(q_TNH * 3, k_TKH, v_TKH, layout, scale=0.1)
+    torch.testing.assert_close(
+        shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout, scale=0.3), expected, rtol=0, atol=1e-12
+    )
+
+
+def test_noncontiguous_inputs_give_the_same() -> None:
+    layout = LAYOUTS["several groups"]
+    qkv = random_qkv(layout, 4, 2)
+    q_TNH, k_TKH, v_TKH = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in qkv)
+    assert not q_TNH.is_contiguous()
+    strided = shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout)
+    torch.testing.assert_close(strided, shared_prefix_attention(*qkv, layout), rtol=0, atol=1e-12)
+
+
+def test_completions_do_not_see_each_other_nor_the_prefix_its_completions() -> None:
+    layout = LAYOUTS["uneven"]
+    q_TNH, k_TKH, v_TKH = random_qkv(layout, 4, 2)
+    changed = k_TKH.detach().clone()
+    changed[10:15] += 1.0  # the second completion
+    before = shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout)
+    after = shared_prefix_attention(q_TNH, changed, v_TKH, layout)
+    others = [*range(10), *range(15, 17)]
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[11:15], after[11:15])
+
+
+def test_first_use_in_inference_mode_does_not_break_a_later_backward() -> None:
+    layout = SharedPrefixLayout(prefix_lengths=(11,), completion_lengths=((3, 2),))
+    q_TNH, k_TKH, v_TKH = random_qkv(layout, 2, 1)
+    with torch.inference_mode():
+        shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout)
+    shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout).sum().backward()
+    assert q_TNH.grad is not None
+
+
+def test_group_mask_by_hand() -> None:
+    mask = group_mask(2, (2, 0, 1), torch.device("cpu"))
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert mask.int().tolist() == expected
+
+
+def test_layout_counts_and_starts() -> None:
+    layout = SharedPrefixLayout(prefix_lengths=(3, 2, 4), completion_lengths=((2, 0, 1), (), (5,)))
+    assert (layout.num_groups, layout.num_rows) == (3, 17)
+    assert layout.group_lengths == (6, 2, 9)
+    assert layout.group_starts == (0, 6, 8)
+    assert layout.completion_starts == ((3, 5, 5), (), (12,))
+
+
+@pytest.mark.parametrize(
+    ("prefix_lengths", "completion_lengths", "message"),
+    [
+        ((), (), "at least one group"),
+        ((3,), ((1,), (2,)), "1 prefix lengths but 2"),
+        ((0,), ((1,),), r"prefix_lengths\[0\] is 0; it must be at least 1"),
+        ((3, 2), ((1,), (4, -1)), r"completion_lengths\[1\]\[1\] is -1"),
+        ((3.0,), ((1,),), "give a tuple of integers"),
+        ([3], ((1,),), "give a tuple of integers"),
+        ((3,), ([1],), r"completion_lengths\[0\] is \[1\]"),
+        ((3,), [(1,)], "completion_lengths is a list"),
+    ],
+)
+def test_bad_layout_is_refused(prefix_lengths: tuple, completion_lengths: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SharedPrefixLayout(prefix_lengths=prefix_lengths, completion_lengths=completion_lengths)
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "k_shape", "v_shape", "message"),
+    [
+        ((17, 4), (17, 2, 8), (17, 2, 8), r"q \(17, 4\).*give q \[T, N, H\]"),
+        ((17, 4, 8), (17, 2, 8), (17, 2, 9), "k, v of one shape"),
+        ((17, 4, 8), (16, 2, 8), (16, 2, 8), "T and H of q, k and v must be equal"),
+        ((17, 4, 8), (17, 3, 8), (17, 3, 8), "N must be a multiple of K"),
+        ((18, 4, 8), (18, 2, 8), (18, 2, 8), "layout of 17 rows"),
+    ],
+)
+def test_bad_shapes_are_refused(q_shape: tuple, k_shape: tuple, v_shape: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shared_prefix_attention(
+            torch.zeros(q_shape), torch.zeros(k_shape), torch.zeros(v_shape), LAYOUTS["uneven"]
+        )
+
+
+def test_mixed_and_integer_dtypes_are_refused() -> None:
+    q_TNH, k_TKH, v_TKH = random_qkv(LAYOUTS["uneven"], 4, 2)
+    with pytest.raises(ValueError, match="give one float dtype"):
+        shared_prefix_attention(q_TNH.float(), k_TKH, v_TKH, LAYOUTS["uneven"])
+    with pytest.raises(ValueError, match="give one float dtype"):
+        shared_prefix_attention(q_TNH.long(), k_TKH.long(), v_TKH.long(), LAYOUTS["uneven"])

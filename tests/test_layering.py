@@ -1,0 +1,179 @@
+"""The import graph of engine/ and kernels/: the layers' table, and no cycle between modules."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE_ROOTS = (ROOT / "engine", ROOT / "kernels")
+
+PARTS = {
+    "algorithm",
+    "data",
+    "evaluate",
+    "media",
+    "metrics",
+    "model",
+    "prefix_source",
+    "reward",
+    "rollout",
+    "runtime",
+    "schema",
+}
+BELOW_RUN = PARTS | {"config", "loop", "progress", "sft", "step_records", "trainer"}
+TOWER_SCRIPT = {"data", "media", "model", "runtime", "schema"}
+
+ALLOWED: dict[str, set[str]] = {
+    "omnigrpo_kernels": set(),
+    "progress": set(),
+    "schema": {"omnigrpo_kernels"},
+    "metrics": {"schema"},
+    "runtime": {"metrics", "schema"},
+    "algorithm": {"omnigrpo_kernels", "schema"},
+    "media": {"omnigrpo_kernels", "schema"},
+    "model": {"omnigrpo_kernels", "schema"},
+    "data": {"media", "schema"},
+    "reward": {"schema"},
+    "rollout": {"metrics", "model", "runtime", "schema"},
+    "evaluate": {"metrics", "reward", "rollout", "schema"},
+    "prefix_source": {"media", "model", "runtime", "schema"},
+    "step_records": {"metrics", "schema"},
+    "trainer": PARTS,
+    "sft": PARTS,
+    "loop": {"evaluate", "metrics", "progress", "runtime", "schema", "step_records"},
+    "config": PARTS | {"loop", "sft", "trainer"},
+    "run": BELOW_RUN,
+    "report": {"data", "evaluate", "media", "metrics", "reward", "runtime", "schema"},
+    "info": {"omnigrpo_kernels"},
+    "pretrain_towers": TOWER_SCRIPT,
+    "probe_towers": TOWER_SCRIPT,
+    "demo": BELOW_RUN | {"pretrain_towers", "report", "run"},
+    "cli": BELOW_RUN
+    | {"demo", "info", "omnigrpo_kernels", "pretrain_towers", "probe_towers", "report", "run"},
+}
+"""Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""
+
+KERNEL_DEPENDENCIES = {"omnigrpo_kernels", "torch", "triton"} | set(sys.stdlib_module_names)
+SGLANG_IMPORTERS = {"omnigrpo.rollout.sglang_engine", "omnigrpo.rollout.sglang_plugin"}
+
+
+def module_name(path: Path, source_root: Path) -> str:
+    parts = path.relative_to(source_root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def find_modules() -> dict[str, Path]:
+    return {module_name(path, root): path for root in SOURCE_ROOTS for path in sorted(root.rglob("*.py"))}
+
+
+MODULES = find_modules()
+
+
+def layer(module: str) -> str | None:
+    """None for the empty package ``omnigrpo`` itself."""
+    top, _, rest = module.partition(".")
+    return top if top == "omnigrpo_kernels" else rest.partition(".")[0] or None
+
+
+def imported_names(path: Path, module: str) -> Iterator[str]:
+    """Every dotted name that the file imports, at any depth; ``from a import b`` gives ``a.b``."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def resolve(name: str) -> str | None:
+    """The module of ours that an imported name is, or is defined in."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+@cache
+def import_graph() -> dict[str, set[str]]:
+    graph = {}
+    for module, path in MODULES.items():
+        targets = {resolve(name) for name in imported_names(path, module)}
+        graph[module] = {target for target in targets if target and target != module}
+    return graph
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """One cycle as a path that ends where it begins, or nothing."""
+    done: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> list[str]:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return []
+        for target in sorted(graph[node]):
+            if cycle := visit(target, [*trail, node]):
+                return cycle
+        done.add(node)
+        return []
+
+    return next((cycle for node in sorted(graph) if (cycle := visit(node, []))), [])
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_module_imports_only_the_layers_below_it(module: str) -> None:
+    own = layer(module)
+    if own is None:
+        assert import_graph()[module] == set()
+        return
+    assert own in ALLOWED, f"{module}: add the layer {own!r} to ALLOWED, as low as it can be"
+    for target in import_graph()[module]:
+        other = layer(target)
+        assert other in {own, None} | ALLOWED[own], f"{module} imports {target}: {own} may not import {other}"
+
+
+def test_layers_form_a_dag() -> None:
+    assert find_cycle(ALLOWED) == []
+
+
+def test_modules_form_a_dag() -> None:
+    assert find_cycle(import_graph()) == []
+
+
+def test_cycle_finder_finds_a_cycle() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_imports_inside_functions_and_relative_imports_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / "engine.py"
+    path.write_text(
+        "def run():\n    from omnigrpo.model import qwen2\n    from . import sampling\n    import av\n"
+    )
+    names = set(imported_names(path, "omnigrpo.rollout.engine"))
+    assert names == {"omnigrpo.model.qwen2", "omnigrpo.rollout.sampling", "av"}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if layer(name) == "omnigrpo_kernels"))
+def test_kernels_depend_on_torch_only(module: str) -> None:
+    tops = {name.partition(".")[0] for name in imported_names(MODULES[module], module)}
+    assert tops <= KERNEL_DEPENDENCIES
+
+
+def test_only_the_sglang_modules_import_sglang() -> None:
+    importers = {
+        module
+        for module, path in MODULES.items()
+        if any(name.partition(".")[0] == "sglang" for name in imported_names(path, module))
+    }
+    assert importers <= SGLANG_IMPORTERS
+
+
+@pytest.mark.parametrize("directory", ["kernels", "tests", "tests/kernels"])
+def test_directory_is_no_package(directory: str) -> None:
+    """A regular package named ``kernels`` would shadow the PyPI package that transformers imports."""
+    assert not (ROOT / directory / "__init__.py").exists()
