@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "pretrain_towers": TOWER_SCRIPT,
     "probe_towers": TOWER_SCRIPT,
     "demo": BELOW_RUN | {"pretrain_towers", "report", "run"},
+    "__main__": {"cli"},
     "cli": BELOW_RUN
     | {"demo", "info", "omnigrpo_kernels", "pretrain_towers", "probe_towers", "report", "run"},
 }

@@ -17,24 +17,28 @@ app = typer.Typer(
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; see presets/.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", "-s", help="Override, e.g. optimizer.learning_rate=1e-5. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override, e.g. optimizer.learning_rate=1e-5. Repeatable."),
 ]
 ModelOption = Annotated[Path | None, typer.Option("--model", help="Checkpoint directory (sets model.path).")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Dataset JSON (sets data.train).")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Run directory (sets run.output).")]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the run (sets run.steps).")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run directory's last checkpoint.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the run directory's last checkpoint.")
+]
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seeds data, weights, order and sampling.")] = 0,
+    rollout: Annotated[str, typer.Option(help="Rollout engine (rollout.engine).")] = "native",
 ) -> None:
     """Render clips, train a tiny model on them (cold start, then GRPO), evaluate, and write a report."""
     from omnigrpo.demo import DemoConfig, run_demo
 
-    run_demo(DemoConfig(output=output, seed=seed))
+    run_demo(DemoConfig(output=output, seed=seed, overrides=(f"rollout.engine={rollout}",)))
 
 
 @app.command("generate-data")
@@ -96,7 +100,9 @@ def train(
 def evaluate(
     model: Annotated[Path, typer.Option("--model", help="Checkpoint directory.")],
     data: Annotated[list[Path], typer.Option("--data", help="Dataset JSON; repeatable.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the JSON results.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for the JSON results.")
+    ] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -104,10 +110,11 @@ def evaluate(
     from omnigrpo.config import load_config
     from omnigrpo.run import run_evaluation
 
-    short = _short(model, data[0], output or Path("."), None)
+    short = _short(model, data[0], output or Path(), None)
     splits = ", ".join(f"{path.stem} = {_toml(path)}" for path in data)
     settings = load_config(config, [*(overrides or []), *short, f"data.evaluate={{{splits}}}"])
-    run_evaluation(settings, output=output)
+    for split, result in run_evaluation(settings, output=output).items():
+        typer.echo(f"{split}: {result.headline()}")
 
 
 @app.command()

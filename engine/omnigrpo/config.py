@@ -35,6 +35,8 @@ class ModelConfig:
 
     path: Path
     """Directory in HumanOmni's layout: model.safetensors, config.json, tokenizer files."""
+    gate_tokenizer: Path | None = None
+    """Directory of the bert-base-uncased tokenizer, where the checkpoint has no gate_tokenizer/ of its own."""
     reference: Path | None = None
     """Checkpoint of the KL's frozen reference; None takes the starting weights."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -101,7 +103,8 @@ def parse_config(tree: Mapping[str, object]) -> RunConfig:
         return TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         lines = [
-            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}, got {e['input']!r}" for e in error.errors()
+            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}, got {e['input']!r}"
+            for e in error.errors()
         ]
         raise ConfigError("the configuration does not fit:\n  " + "\n  ".join(lines)) from error
 

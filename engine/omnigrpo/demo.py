@@ -7,23 +7,27 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from rich.console import Console
 
 from omnigrpo.config import RunConfig, load_config
+from omnigrpo.data.dataset import INSTRUCTION, PromptStyle
 from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset, vocabulary_texts
 from omnigrpo.data.synthetic.emotions import AUDIO_ONLY_PAIRS, VIDEO_ONLY_PAIRS
+from omnigrpo.data.synthetic.reasoning import QUESTION
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
-from omnigrpo.metrics import SECONDS_PREFIX, Metric, read_metrics
+from omnigrpo.metrics import METRICS_FILE, SECONDS_PREFIX, Metric, read_metrics
 from omnigrpo.model.checkpoint_format import Tokenizers, load_towers, save_model
 from omnigrpo.model.config import tiny
 from omnigrpo.model.humanomni import HumanOmni
+from omnigrpo.model.prompting import PromptTemplate
 from omnigrpo.model.tiny_tokenizer import build_gate_tokenizer, build_tokenizer
 from omnigrpo.progress import counting
-from omnigrpo.report.page import write_report
+from omnigrpo.report.inputs import SUMMARY_FILE
+from omnigrpo.report.page import REPORT_FILE, write_report
 from omnigrpo.run import EVALUATIONS_DIRECTORY, MODEL_DIRECTORY, run_evaluation, run_grpo, run_sft
 
 SPLITS = ("heldout", "ood")
@@ -35,15 +39,20 @@ class DemoConfig:
 
     output: Path
     seed: int = 0
-    data: SyntheticConfig = SyntheticConfig()
+    data: SyntheticConfig = field(default_factory=SyntheticConfig)
     overrides: tuple[str, ...] = ()
     """Further settings of the GRPO stage."""
 
 
 def run_demo(config: DemoConfig) -> dict[str, object]:
-    """Run every stage into ``config.output`` and return what summary.json holds."""
+    """Run every stage into ``config.output`` and return what summary.json holds; an interrupted demo goes on."""
     console = Console()
     output, seconds = config.output, {}
+    if (output / SUMMARY_FILE).exists():
+        raise ValueError(
+            f"{output} already holds a finished demo: open {output / REPORT_FILE}, or remove the directory, "
+            "or choose another --output"
+        )
     data = output / "data"
     with _stage(console, seconds, "render clips"), counting("render clips") as show:
         generate_dataset(data, replace(config.data, seed=config.seed), on_progress=show)
@@ -51,27 +60,30 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
 
     cold_start = _settings(config, "demo_cold_start", base, data / "cold_start.json", output / "cold_start")
     with _stage(console, seconds, "cold start"):
-        run_sft(cold_start)
+        run_sft(cold_start, resume=_begun(output / "cold_start"))
     with _stage(console, seconds, "evaluate the cold start"):
-        before = _evaluate(config, output / "cold_start" / MODEL_DIRECTORY, "cold_start")
+        before = _evaluate(console, config, output / "cold_start" / MODEL_DIRECTORY, "cold_start")
 
     start = output / "cold_start" / MODEL_DIRECTORY
     grpo = _settings(config, "demo_grpo", start, data / "rl.json", output, *config.overrides)
     with _stage(console, seconds, "GRPO"):
-        run_grpo(grpo)
+        run_grpo(grpo, resume=_begun(output))
     with _stage(console, seconds, "evaluate GRPO"):
-        after = _evaluate(config, output / MODEL_DIRECTORY, "grpo")
+        after = _evaluate(console, config, output / MODEL_DIRECTORY, "grpo")
 
     summary = summarise(output, config.seed, {"cold_start": before, "grpo": after}, seconds)
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    console.print(f"wrote {write_report(output)} and {output / 'summary.json'}")
+    (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    console.print(f"wrote {write_report(output)} and {output / SUMMARY_FILE}")
     return summary
 
 
 def build_base(directory: Path, *, seed: int) -> Path:
     """Write the untrained tiny model: shipped towers, new tokenizers, everything else drawn from ``seed``."""
     texts = vocabulary_texts()
-    tokenizer, gate_tokenizer = build_tokenizer(texts), build_gate_tokenizer(texts)
+    prompt = PromptTemplate().text(f"{QUESTION}{PromptStyle().separator}{INSTRUCTION}", ("video", "audio"))
+    # The prompt as often as the answers, so that both become whole words.
+    tokenizer = build_tokenizer([*texts, *[prompt] * len(texts)], vocab_size=640)
+    gate_tokenizer = build_gate_tokenizer(texts)
     model = HumanOmni(tiny(vocab_size=len(tokenizer), gate_vocab_size=len(gate_tokenizer)))
     model.init_weights(seed)
     with as_file(files("omnigrpo.model") / "assets" / "tiny_towers.safetensors") as towers:
@@ -119,7 +131,9 @@ def _figures(report: EvaluationReport) -> dict[str, object]:
     }
 
 
-def _settings(config: DemoConfig, preset: str, model: Path, train: Path, output: Path, *extra: str) -> RunConfig:
+def _settings(
+    config: DemoConfig, preset: str, model: Path, train: Path, output: Path, *extra: str
+) -> RunConfig:
     with as_file(files("omnigrpo") / "presets" / f"{preset}.toml") as path:
         values = {"model.path": model, "data.train": train, "run.output": output}
         own = [f"{key}='''{value}'''" for key, value in values.items()]
@@ -127,9 +141,17 @@ def _settings(config: DemoConfig, preset: str, model: Path, train: Path, output:
         return load_config(path, [*own, f"data.evaluate={{{splits}}}", f"run.seed={config.seed}", *extra])
 
 
-def _evaluate(config: DemoConfig, model: Path, stage: str) -> dict[str, EvaluationReport]:
+def _begun(run: Path) -> bool:
+    return (run / METRICS_FILE).exists()
+
+
+def _evaluate(console: Console, config: DemoConfig, model: Path, stage: str) -> dict[str, EvaluationReport]:
     settings = _settings(config, "demo_grpo", model, config.output / "data" / "rl.json", config.output)
-    return run_evaluation(settings, output=config.output / EVALUATIONS_DIRECTORY, stage=stage, pairs=(*AUDIO_ONLY_PAIRS, *VIDEO_ONLY_PAIRS))
+    pairs = (*AUDIO_ONLY_PAIRS, *VIDEO_ONLY_PAIRS)
+    reports = run_evaluation(settings, output=config.output / EVALUATIONS_DIRECTORY, stage=stage, pairs=pairs)
+    for split, report in reports.items():
+        console.print(f"{stage} {split}: {report.headline()}", highlight=False)
+    return reports
 
 
 def _peak_memory_gib() -> float:

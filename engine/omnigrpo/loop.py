@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from omnigrpo.step_records import dropped_records, rollout_records
 from omnigrpo.metrics import SECONDS_PREFIX, Metric, MetricsLog, training_progress
 from omnigrpo.runtime.spans import SpanRecorder
 from omnigrpo.schema import StepReport
+from omnigrpo.step_records import dropped_records, rollout_records
 
 
 class Steps(Protocol):
@@ -41,6 +41,12 @@ class LoopConfig:
     threads: int | None = None
     """CPU threads of torch; None leaves torch's choice."""
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject intervals that never come."""
+        for name in ("steps", "save_every", "keep_last", "log_rollouts_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
 
 
 def run_steps(

@@ -53,7 +53,13 @@ class PrefixSource:
     """Builds prefix inputs for prompts, in order; safe to call from one thread while another prefetches."""
 
     def __init__(
-        self, *, model: HumanOmni, prompt_encoder: PromptEncoder, tower_hash: str, config: MediaConfig, spans: SpanRecorder
+        self,
+        *,
+        model: HumanOmni,
+        prompt_encoder: PromptEncoder,
+        tower_hash: str,
+        config: MediaConfig,
+        spans: SpanRecorder,
     ) -> None:
         self._model = model
         self._prompt_encoder = prompt_encoder
@@ -134,7 +140,9 @@ class PrefixSource:
         with self._spans.span(Phase.ENCODE):
             for modalities in sorted({prompts[at].modalities for at in usable}):
                 members = [at for at in usable if prompts[at].modalities == modalities]
-                for at, features in zip(members, self._run_towers([decoded[at] for at in members]), strict=True):
+                for at, features in zip(
+                    members, self._run_towers([decoded[at] for at in members]), strict=True
+                ):
                     self._remember(prompts[at], decoded[at], features)
                     results[at] = features
         return [result for result in results if result is not None]
@@ -146,9 +154,12 @@ class PrefixSource:
         waveforms = [clip.waveform for clip in clips if clip.waveform is not None]
         pixels = [siglip_pixels(f, image_size=vision.image_size, aspect=self._config.aspect) for f in frames]
         mels = [
-            whisper_log_mel(w, num_mel_bins=audio.num_mel_bins, chunk_seconds=audio.chunk_seconds) for w in waveforms
+            whisper_log_mel(w, num_mel_bins=audio.num_mel_bins, chunk_seconds=audio.chunk_seconds)
+            for w in waveforms
         ]
-        return self._model.encode(torch.stack(pixels) if pixels else None, torch.stack(mels) if mels else None)
+        return self._model.encode(
+            torch.stack(pixels) if pixels else None, torch.stack(mels) if mels else None
+        )
 
     def _remember(self, prompt: Prompt, clip: DecodedClip, features: ClipFeatures) -> None:
         assert clip.content_hash is not None, "a decoded clip has a hash"

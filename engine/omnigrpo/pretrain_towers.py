@@ -127,7 +127,9 @@ def _make_reel(
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "reel.mp4"
         write_mp4(path, frames_FHWC, track, frames_per_second=12, sample_rate_hz=SAMPLE_RATE_HZ)
-        decoded = decode_clip(Clip(path=path), ("video", "audio"), SamplingConfig(num_frames=_FRAMES_PER_REEL))
+        decoded = decode_clip(
+            Clip(path=path), ("video", "audio"), SamplingConfig(num_frames=_FRAMES_PER_REEL)
+        )
     assert decoded.frames_FHWC is not None, decoded.error
     assert decoded.waveform is not None, decoded.error
     pixels = siglip_pixels(decoded.frames_FHWC, image_size=model.vision.image_size, aspect="pad")
@@ -227,7 +229,10 @@ def train_tower(
         schedule.step()
         running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 0 or step == num_steps:
-            print(f"  step {step}/{num_steps} loss {running:.4f} {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"  step {step}/{num_steps} loss {running:.4f} {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
     return explained_variance(tower, head, test, prepare)
 
 
@@ -274,14 +279,24 @@ def pretrain(config: PretrainConfig, output: Path, *, command: str) -> dict[str,
     metrics = {}
     for name, tower, studies, prepare, weights, steps, targets in (
         ("vision", model.model.vision_tower, faces, _pixels, face_weights, config.vision_steps, FACE_TARGETS),
-        ("audio", model.model.audio_tower, voices, Tensor.float, torch.ones(5), config.audio_steps, VOICE_TARGETS),
+        (
+            "audio",
+            model.model.audio_tower,
+            voices,
+            Tensor.float,
+            torch.ones(5),
+            config.audio_steps,
+            VOICE_TARGETS,
+        ),
     ):
         began = time.perf_counter()
         _unfreeze(tower)
         train, test = studies.split(num_test)
         print(f"{name}: {len(train.inputs)} examples", flush=True)
         scores = train_tower(tower, train, test, prepare, weights, config, steps).tolist()
-        metrics[f"{name}_r2"] = {target: round(score, 4) for target, score in zip(targets, scores, strict=True)}
+        metrics[f"{name}_r2"] = {
+            target: round(score, 4) for target, score in zip(targets, scores, strict=True)
+        }
         seconds[name] = time.perf_counter() - began
     output.parent.mkdir(parents=True, exist_ok=True)
     save_towers(model, output, dtype=torch.float16)

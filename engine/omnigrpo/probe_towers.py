@@ -57,16 +57,21 @@ def probe_features(model: HumanOmni, prompts: Sequence[Prompt]) -> ProbeFeatures
     config, video, audio = model.config, [], []
     for start in range(0, len(prompts), _BATCH_CLIPS):
         clips = [prompt.clip for prompt in prompts[start : start + _BATCH_CLIPS]]
-        decoded = decode(clips, [("video", "audio")] * len(clips), SamplingConfig(num_frames=config.vision.num_frames))
+        decoded = decode(
+            clips, [("video", "audio")] * len(clips), SamplingConfig(num_frames=config.vision.num_frames)
+        )
         broken = [item.error for item in decoded if item.status is not ClipStatus.OK]
         if broken:
             raise ValueError(f"the probe needs every clip, but {broken[0]}")
         pixels = [
-            siglip_pixels(item.frames_FHWC, image_size=config.vision.image_size, aspect="pad") for item in decoded
+            siglip_pixels(item.frames_FHWC, image_size=config.vision.image_size, aspect="pad")
+            for item in decoded
         ]
         mels = [
             whisper_log_mel(
-                item.waveform, num_mel_bins=config.audio.num_mel_bins, chunk_seconds=config.audio.chunk_seconds
+                item.waveform,
+                num_mel_bins=config.audio.num_mel_bins,
+                chunk_seconds=config.audio.chunk_seconds,
             )
             for item in decoded
         ]
@@ -105,7 +110,8 @@ def probe_accuracy(
     optimizer.step(closure)
     with torch.no_grad():
         return [
-            float((((x - mean_D) / std_D @ weight_CD.T + bias_C).argmax(1) == y).float().mean()) for x, y in tests
+            float((((x - mean_D) / std_D @ weight_CD.T + bias_C).argmax(1) == y).float().mean())
+            for x, y in tests
         ]
 
 
@@ -136,8 +142,12 @@ def probe(data: Path, towers: Path) -> dict[str, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Probe frozen towers on a generated dataset.")
-    parser.add_argument("--data", type=Path, required=True, help="directory written by `omnigrpo generate-data`")
-    parser.add_argument("--towers", type=Path, required=True, help="weights written by omnigrpo.pretrain_towers")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="directory written by `omnigrpo generate-data`"
+    )
+    parser.add_argument(
+        "--towers", type=Path, required=True, help="weights written by omnigrpo.pretrain_towers"
+    )
     arguments = parser.parse_args()
     print(json.dumps(probe(arguments.data, arguments.towers), indent=1))
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
 from omnigrpo.evaluate.evaluator import evaluate
 from omnigrpo.loop import Steps, run_steps
-from omnigrpo.metrics import MetricsLog
+from omnigrpo.metrics import METRICS_FILE, MetricsLog
 from omnigrpo.model.checkpoint_format import LoadedModel, load_model, save_model, towers_hash
 from omnigrpo.model.humanomni import reference_copy
 from omnigrpo.model.prompting import PromptEncoder
@@ -36,6 +36,8 @@ CHECKPOINTS_DIRECTORY = "checkpoints"
 MODEL_DIRECTORY = "model"
 """The trained model of a finished run, in the reference layout."""
 EVALUATIONS_DIRECTORY = "evaluations"
+EVALUATION_BATCH = 64
+"""Prompts decoded at once in an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,8 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
         reference = None
         if config.objective.kl_coefficient:
             start = config.model.reference or config.model.path
-            reference = reference_copy(policy if checkpoint is None and start == config.model.path else _load(config, start).model)
+            fresh = checkpoint is None and start == config.model.path
+            reference = reference_copy(policy if fresh else _load(config, start).model)
         optimizer = _optimizer(config, parts, total_steps=config.run.steps * config.trainer.iterations)
         trainer = Trainer(
             policy=policy,
@@ -106,7 +109,9 @@ def run_evaluation(
 ) -> dict[str, EvaluationReport]:
     """Evaluate the configured model on every split by greedy decoding; writes ``<stage>_<split>.json`` to output."""
     if not config.data.evaluate:
-        raise ConfigError("data.evaluate names no split: give one, e.g. data.evaluate={heldout='heldout.json'}")
+        raise ConfigError(
+            "data.evaluate names no split: give one, e.g. data.evaluate={heldout='heldout.json'}"
+        )
     splits = {name: _read(config, path) for name, path in config.data.evaluate.items()}
     reports = {}
     with _parts(config, None) as parts:
@@ -134,10 +139,6 @@ def run_evaluation(
     return reports
 
 
-EVALUATION_BATCH = 64
-"""Prompts decoded at once in an evaluation."""
-
-
 def _read(config: RunConfig, path: Path) -> tuple[Prompt, ...]:
     return read_dataset(path, config.data.style, media_root=config.data.media_root)
 
@@ -147,16 +148,17 @@ def _stream(config: RunConfig, prompts: tuple[Prompt, ...]) -> PromptStream:
 
 
 def _start(config: RunConfig, resume: bool) -> Path | None:
-    """Prepare the run directory; returns the checkpoint to go on from."""
+    """Return the checkpoint to go on from, if any; refuses to write over a run, or to resume nothing."""
     output = config.run.output
     checkpoint = latest_checkpoint(output / CHECKPOINTS_DIRECTORY)
-    if resume and checkpoint is None:
-        raise ConfigError(f"nothing to resume: {output / CHECKPOINTS_DIRECTORY} holds no checkpoint; run without --resume")
-    if not resume and (checkpoint is not None or (output / CONFIG_FILE).exists()):
-        raise ConfigError(f"{output} already holds a run: add --resume to go on, or choose another run.output")
-    output.mkdir(parents=True, exist_ok=True)
-    save_config(config, output / CONFIG_FILE)
-    return checkpoint if resume else None
+    begun = checkpoint is not None or (output / METRICS_FILE).exists()
+    if resume and not begun:
+        raise ConfigError(f"nothing to resume: {output} holds no run; start it without --resume")
+    if begun and not resume:
+        raise ConfigError(
+            f"{output} already holds a run: add --resume to go on, or choose another run.output"
+        )
+    return checkpoint
 
 
 @contextmanager
@@ -187,8 +189,12 @@ def _parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
 def _load(config: RunConfig, directory: Path) -> LoadedModel:
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device is cuda, but torch finds no CUDA device: set model.device=cpu")
-    loaded = load_model(directory, dtype=getattr(torch, config.model.dtype), device=config.model.device)
-    return loaded
+    return load_model(
+        directory,
+        dtype=getattr(torch, config.model.dtype),
+        device=config.model.device,
+        gate_tokenizer_directory=config.model.gate_tokenizer,
+    )
 
 
 def _optimizer(config: RunConfig, parts: Parts, *, total_steps: int) -> Optimizer:
@@ -196,17 +202,27 @@ def _optimizer(config: RunConfig, parts: Parts, *, total_steps: int) -> Optimize
 
 
 def _drive(
-    config: RunConfig, parts: Parts, trainer: Steps, optimizer: Optimizer, checkpoint: Path | None, *, title: str
+    config: RunConfig,
+    parts: Parts,
+    trainer: Steps,
+    optimizer: Optimizer,
+    checkpoint: Path | None,
+    *,
+    title: str,
 ) -> None:
     """Restore the run's state, step to the end, and leave the model."""
     output = config.run.output
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(config, output / CONFIG_FILE)
     writer = CheckpointWriter(output / CHECKPOINTS_DIRECTORY, config.run.keep_last)
 
     def save_weights(directory: Path) -> None:
         save_model(parts.loaded.model, parts.loaded.tokenizers, directory)
 
     def save(step: int) -> None:
-        writer.save(step, save_weights, {"step": step, "optimizer": optimizer.state_dict(), "rng": capture_rng()})
+        writer.save(
+            step, save_weights, {"step": step, "optimizer": optimizer.state_dict(), "rng": capture_rng()}
+        )
 
     with MetricsLog(output, tensorboard=config.run.tensorboard) as log:
         if checkpoint is not None:
@@ -214,7 +230,7 @@ def _drive(
             trainer.steps_done = state["step"]
             optimizer.load_state_dict(state["optimizer"])
             restore_rng(state["rng"])
-            log.truncate_after(trainer.steps_done)
+        log.truncate_after(trainer.steps_done)
         run_steps(trainer, config=config.run, log=log, spans=parts.spans, save=save, title=title)
     save_weights(output / MODEL_DIRECTORY)
 

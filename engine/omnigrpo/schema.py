@@ -11,8 +11,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
 from torch import Tensor
+
+from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
 
 Modality = Literal["video", "audio"]
 FinishReason = Literal["stop", "length"]

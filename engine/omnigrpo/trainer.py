@@ -26,7 +26,16 @@ from omnigrpo.rollout.interface import RolloutEngine, SamplingParams
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
 from omnigrpo.runtime.spans import Phase, SpanRecorder
-from omnigrpo.schema import DroppedPrompt, Group, GroupRewards, PackedGroups, Prefix, PrefixInputs, Prompt, StepReport
+from omnigrpo.schema import (
+    DroppedPrompt,
+    Group,
+    GroupRewards,
+    PackedGroups,
+    Prefix,
+    PrefixInputs,
+    Prompt,
+    StepReport,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +52,15 @@ class RolloutConfig:
     """1 is off."""
     max_new_tokens: int = 512
 
+    def __post_init__(self) -> None:
+        """Reject a group that has no baseline, and a temperature that has no log-probs."""
+        if self.samples < 2:
+            raise ValueError(
+                f"rollout.samples must be at least 2 to compare within a group, got {self.samples}"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"rollout.temperature must be above 0 to explore, got {self.temperature}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
@@ -53,6 +71,12 @@ class TrainerConfig:
     """Optimizer updates per rollout; beyond the first, the ratio leaves 1 and the clip acts."""
     budget_rows: int = 16384
     """Packed rows that pass through the decoder at once."""
+
+    def __post_init__(self) -> None:
+        """Reject a loop that does nothing."""
+        for name in ("prompts_per_step", "iterations", "budget_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,11 +158,13 @@ class Trainer:
         """Embed each prefix once and generate G completions from it."""
         with self.spans.span(Phase.PREFILL), torch.no_grad():
             prefixes = embed(self.policy, inputs)
-        completions = self.rollout.generate(
-            prefixes, self.sampling(), self._seeds(inputs)
-        )
+        completions = self.rollout.generate(prefixes, self.sampling(), self._seeds(inputs))
         return [
-            Group(inputs=prefix, completions=group, texts=tuple(self.prompt_encoder.decode(c.token_ids) for c in group))
+            Group(
+                inputs=prefix,
+                completions=group,
+                texts=tuple(self.prompt_encoder.decode(c.token_ids) for c in group),
+            )
             for prefix, group in zip(inputs, completions, strict=True)
         ]
 
@@ -249,7 +275,9 @@ class Trainer:
         )
 
     def _global_counts(self, packs: Sequence[PackedGroups]) -> BatchCounts:
-        local = torch.tensor([sum(p.num_sequences for p in packs), sum(len(p.completion_ids_C) for p in packs)])
+        local = torch.tensor(
+            [sum(p.num_sequences for p in packs), sum(len(p.completion_ids_C) for p in packs)]
+        )
         num_sequences, num_tokens = self.world.sum(local).tolist()
         return BatchCounts(
             num_sequences=num_sequences, num_tokens=num_tokens, max_tokens=self.rollout_config.max_new_tokens
@@ -286,7 +314,9 @@ def reward_metrics(rewards: Sequence[GroupRewards]) -> dict[str, float]:
         Metric.REWARD_STD: _mean(spreads),
         "reward/equal_groups": _mean([float(spread == 0) for spread in spreads]),
     } | {
-        f"{REWARD_COMPONENT_PREFIX}{name}": _mean([value for group in rewards for value in group.components[name]])
+        f"{REWARD_COMPONENT_PREFIX}{name}": _mean(
+            [value for group in rewards for value in group.components[name]]
+        )
         for name in rewards[0].components
     }
 

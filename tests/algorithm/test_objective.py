@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,12 @@ from omnigrpo.algorithm.objective import BatchCounts, ObjectiveConfig, kl_penalt
 LOG = math.log
 
 
-def terms(ratio, advantage, **switches):
+def terms(ratio, advantage, **switches: float):
     """Terms of single tokens with the given ratio to the old policy, float64."""
     logprob = torch.tensor([LOG(r) - 1.0 for r in ratio], dtype=torch.float64, requires_grad=True)
     zeros = torch.zeros_like(logprob)
     arguments = {"entropy_C": zeros, "old_C": zeros - 1.0, "reference_C": None, "rollout_C": zeros - 1.0}
-    config = ObjectiveConfig(**{"kl_coefficient": 0.0} | switches)
+    config = replace(ObjectiveConfig(kl_coefficient=0.0), **switches)
     result = token_terms(
         logprob, **arguments, advantage_C=torch.tensor(advantage, dtype=torch.float64), config=config
     )
@@ -90,7 +91,12 @@ def test_kl_and_entropy_enter_the_loss():
     ones = torch.ones(1, dtype=torch.float64)
     config = ObjectiveConfig(kl_coefficient=0.5, kl_estimator="k2", entropy_coefficient=0.1)
     result = token_terms(
-        logprob, entropy_C=3 * ones, old_C=logprob, reference_C=-ones, rollout_C=logprob, advantage_C=0 * ones,
+        logprob,
+        entropy_C=3 * ones,
+        old_C=logprob,
+        reference_C=-ones,
+        rollout_C=logprob,
+        advantage_C=0 * ones,
         config=config,
     )
     assert result.loss_C.item() == pytest.approx(0.5 * 0.045 - 0.1 * 3)
@@ -100,7 +106,11 @@ def test_kl_and_entropy_enter_the_loss():
 def test_importance_weight_is_truncated():
     zeros = torch.zeros(2, dtype=torch.float64)
     result = token_terms(
-        zeros, entropy_C=zeros, old_C=zeros, reference_C=None, advantage_C=zeros + 1,
+        zeros,
+        entropy_C=zeros,
+        old_C=zeros,
+        reference_C=None,
+        advantage_C=zeros + 1,
         rollout_C=torch.tensor([LOG(2.0), -LOG(8.0)], dtype=torch.float64),
         config=ObjectiveConfig(kl_coefficient=0.0, max_importance_weight=2.0),
     )
@@ -131,13 +141,18 @@ def test_r1_omnis_loss_form():
     reference = torch.randn(8, dtype=torch.float64) - 2
     advantage_S = torch.tensor([0.5, -1.5, 1.0], dtype=torch.float64)
     sequence = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
-    spelt = 0.0
+    spelt = torch.zeros((), dtype=torch.float64)
     for s, (lp, ref) in enumerate(zip(logprob.split(lengths), reference.split(lengths), strict=True)):
         kl = torch.exp(ref - lp) - (ref - lp) - 1
-        spelt += (-(torch.exp(lp - lp.detach()) * advantage_S[s]) + 0.04 * kl).mean() / 3
+        spelt = spelt + (-(torch.exp(lp - lp.detach()) * advantage_S[s]) + 0.04 * kl).mean() / 3
     result = token_terms(
-        logprob, entropy_C=torch.zeros(8), old_C=logprob.detach(), reference_C=reference, rollout_C=logprob.detach(),
-        advantage_C=advantage_S[sequence], config=ObjectiveConfig(),
+        logprob,
+        entropy_C=torch.zeros(8),
+        old_C=logprob.detach(),
+        reference_C=reference,
+        rollout_C=logprob.detach(),
+        advantage_C=advantage_S[sequence],
+        config=ObjectiveConfig(),
     )
     counts = BatchCounts(num_sequences=3, num_tokens=8, max_tokens=4)
     mine = (token_weights("grpo", torch.tensor(lengths)[sequence], counts) * result.loss_C).sum()

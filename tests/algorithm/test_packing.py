@@ -9,7 +9,11 @@ from omnigrpo.schema import Clip, ClipFeatures, Completion, Group, PrefixInputs,
 
 def make_group(prefix_length: int, completion_lengths: list[int], first_token: int = 100) -> Group:
     prompt = Prompt(
-        prompt_id=f"p{prefix_length}", clip=Clip(path=Path("clip.mp4")), question="?", modalities=(), solution="happy"
+        prompt_id=f"p{prefix_length}",
+        clip=Clip(path=Path("clip.mp4")),
+        question="?",
+        modalities=(),
+        solution="happy",
     )
     inputs = PrefixInputs(
         prompt=prompt,

@@ -97,7 +97,9 @@ def test_stream_visits_each_prompt_once_per_epoch_in_a_new_order(prompts):
 def test_stream_depends_on_seed_and_step_alone(prompts):
     stream = PromptStream(prompts=prompts, batch_size=4, seed=3)
     assert stream.batch(7) == PromptStream(prompts=prompts, batch_size=4, seed=3).batch(7)
-    assert any(stream.batch(s) != PromptStream(prompts=prompts, batch_size=4, seed=4).batch(s) for s in range(3))
+    assert any(
+        stream.batch(s) != PromptStream(prompts=prompts, batch_size=4, seed=4).batch(s) for s in range(3)
+    )
 
 
 def test_stream_refuses_nothing(prompts):

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
 from torch import Tensor
 
 from omnigrpo.schema import Group, PackedGroups
+from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
 
 
 def group_rows(group: Group) -> int:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from omnigrpo_kernels.linear_logprob import LogProbs, linear_logprob
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
 from torch import Tensor
 
 from omnigrpo.schema import PackedGroups, PrefixInputs
+from omnigrpo_kernels.linear_logprob import LogProbs, linear_logprob
+from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
 
 
 class PolicyModel(Protocol):

@@ -29,13 +29,17 @@ class TokenMetrics:
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         self._sums["loss"] = self._sums.get("loss", torch.zeros_like(loss)) + loss
-        for name, value in {"ratio/max": terms.ratio_C.max(), "logprob_difference/max": difference_C.max()}.items():
+        for name, value in {
+            "ratio/max": terms.ratio_C.max(),
+            "logprob_difference/max": difference_C.max(),
+        }.items():
             self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
         self._num_tokens += len(logprob_C)
 
     def summary(self) -> dict[str, float]:
         """Return the means and maxima by name; empty when nothing was added."""
         means = {
-            name: float(value) / (1 if name == "loss" else self._num_tokens) for name, value in self._sums.items()
+            name: float(value) / (1 if name == "loss" else self._num_tokens)
+            for name, value in self._sums.items()
         }
         return means | {name: float(value) for name, value in self._maxima.items()}

@@ -42,13 +42,17 @@ def read_dataset(path: Path, style: PromptStyle, *, media_root: Path | None = No
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DatasetError(f"dataset {path} does not exist: check the path (data.train, data.evaluate)") from None
+        raise DatasetError(
+            f"dataset {path} does not exist: check the path (data.train, data.evaluate)"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"dataset {path} is not valid JSON: {error}") from error
     if not isinstance(items, list) or not items:
         raise DatasetError(f"dataset {path} must be a non-empty JSON list, got {_kind(items)}")
     root = media_root if media_root is not None else path.parent
-    return tuple(_prompt(item, f"{path}, item {index}", index, root, style) for index, item in enumerate(items))
+    return tuple(
+        _prompt(item, f"{path}, item {index}", index, root, style) for index, item in enumerate(items)
+    )
 
 
 def check_responses(prompts: Sequence[Prompt], path: Path) -> None:
@@ -92,14 +96,18 @@ def _turns(item: dict[str, object], where: str) -> tuple[str, str]:
         raise DatasetError(f"{where}: 'conversations' must list a human and a gpt turn, got {turns!r}")
     texts = []
     for turn, speaker in zip(turns, ("human", "gpt"), strict=False):
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+        if (
+            not isinstance(turn, dict)
+            or turn.get("from") != speaker
+            or not isinstance(turn.get("value"), str)
+        ):
             raise DatasetError(f'{where}: expected {{"from": "{speaker}", "value": text}}, got {turn!r}')
         texts.append(turn["value"])
     return texts[0], texts[1]
 
 
 def _split_tags(human: str, where: str) -> tuple[str, tuple[Modality, ...]]:
-    modalities = tuple(modality for tag, modality in _TAGS.items() if tag in human)
+    modalities: tuple[Modality, ...] = tuple(modality for tag, modality in _TAGS.items() if tag in human)
     for tag in _TAGS:
         human = human.replace(tag, "")
     if not human.strip():

@@ -28,7 +28,9 @@ class PromptStream:
         """Return the prompts of a step (from 0); every epoch visits each prompt once, in a new order."""
         first = step * self.batch_size
         places = (divmod(at, len(self.prompts)) for at in range(first, first + self.batch_size))
-        return tuple(self.prompts[_epoch_order(len(self.prompts), self.seed, epoch)[at]] for epoch, at in places)
+        return tuple(
+            self.prompts[_epoch_order(len(self.prompts), self.seed, epoch)[at]] for epoch, at in places
+        )
 
 
 @lru_cache(maxsize=4)

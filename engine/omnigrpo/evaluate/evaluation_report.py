@@ -52,6 +52,14 @@ class EvaluationReport:
     num_dropped: int
     """Prompts left out because their clip could not be used; no figure counts them."""
 
+    def headline(self) -> str:
+        """WAR and UAR in per cent, strict and alias, and the format rate, in one line."""
+        return (
+            f"WAR {self.strict.war:.1%} (+- {self.strict.war_standard_error:.1%}), UAR {self.strict.uar:.1%}; "
+            f"alias WAR {self.alias.war:.1%}, UAR {self.alias.uar:.1%}; format {self.format_rate:.1%}; "
+            f"{len(self.clips)} clips, {self.num_dropped} dropped"
+        )
+
     def to_json(self) -> dict[str, object]:
         """Plain data for ``json.dumps``."""
         return asdict(self)

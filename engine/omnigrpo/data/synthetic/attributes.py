@@ -44,7 +44,9 @@ class Prosody:
 EXPRESSION_LOW = Expression(
     mouth_curve=-1, mouth_open=0, mouth_width=0, brow_raise=-1, brow_tilt=-1, eye_open=0.15
 )
-EXPRESSION_HIGH = Expression(mouth_curve=1, mouth_open=1, mouth_width=1, brow_raise=1, brow_tilt=1, eye_open=1)
+EXPRESSION_HIGH = Expression(
+    mouth_curve=1, mouth_open=1, mouth_width=1, brow_raise=1, brow_tilt=1, eye_open=1
+)
 PROSODY_LOW = Prosody(pitch=-1, contour=-1, energy=0, tempo=0, tremor=0)
 PROSODY_HIGH = Prosody(pitch=1, contour=1, energy=1, tempo=1, tremor=1)
 

@@ -91,7 +91,9 @@ class SyntheticClip:
 
 def stream(seed: int, split: Split, index: int, name: str) -> np.random.Generator:
     """The random stream ``name`` of one clip; independent of the label and of every other clip."""
-    return np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index, _STREAMS.index(name)]))
+    return np.random.default_rng(
+        np.random.SeedSequence([seed, SPLITS.index(split), index, _STREAMS.index(name)])
+    )
 
 
 def render_clip(

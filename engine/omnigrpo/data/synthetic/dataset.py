@@ -141,7 +141,9 @@ class _Made:
     attributes: dict[str, object]
 
 
-def _run(directory: Path, config: SyntheticConfig, jobs: list[_Job], num_workers: int | None) -> Iterator[tuple[_Job, _Made]]:
+def _run(
+    directory: Path, config: SyntheticConfig, jobs: list[_Job], num_workers: int | None
+) -> Iterator[tuple[_Job, _Made]]:
     work = partial(_make, directory, config)
     workers = (os.cpu_count() or 1) if num_workers is None else num_workers
     if workers == 0:

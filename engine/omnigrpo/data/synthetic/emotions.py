@@ -50,7 +50,9 @@ def single_modality_bound(modality: int) -> float:
 
 
 def _pairs_sharing(modality: int) -> tuple[tuple[str, str], ...]:
-    return tuple(pair for pair in combinations(LABELS, 2) if CELLS[pair[0]][modality] == CELLS[pair[1]][modality])
+    return tuple(
+        pair for pair in combinations(LABELS, 2) if CELLS[pair[0]][modality] == CELLS[pair[1]][modality]
+    )
 
 
 AUDIO_ONLY_PAIRS = _pairs_sharing(0)

@@ -108,7 +108,10 @@ def _paint_head(canvas: Canvas, person: _Person) -> None:
         head = ellipse(u / (1 - over_box(person.jaw) * np.clip(v, 0, 1)), v, half, np.float32(1.0))
         cap = canvas.coverage(ellipse(u, v + 0.06, half * 1.08, np.float32(1.06)))
         bare = 0.5 * (u / half) ** 2 - 0.52 - v - 9 * (1 - hairy)
-        return [(cap * hairy * (v < 0.15), person.hair), (canvas.coverage(np.maximum(head, bare)), person.skin)]
+        return [
+            (cap * hairy * (v < 0.15), person.hair),
+            (canvas.coverage(np.maximum(head, bare)), person.skin),
+        ]
 
     for side in (-1.0, 1.0):
         if np.any(person.has["puffs"]):
@@ -224,7 +227,8 @@ def _paint_mouth(
 
 def _paint_balloon(canvas: Canvas, scenes: tuple[Scene, ...]) -> None:
     u, v, radius = (
-        np.asarray([getattr(scene.balloon, name) for scene in scenes], np.float32) for name in ("u", "v", "radius")
+        np.asarray([getattr(scene.balloon, name) for scene in scenes], np.float32)
+        for name in ("u", "v", "radius")
     )
     if not np.any(radius):
         return
@@ -260,7 +264,9 @@ def _background(scene: Scene, size: int) -> np.ndarray:
         radius = np.hypot(x - 0.3 * np.cos(turn), y - 0.3 * np.sin(turn))
         mix = 0.5 + 3 * np.sin(2 * np.pi * 1.6 * scene.frequency * radius)
     mix = np.clip(mix, 0, 1).astype(np.float32)
-    colour_a, colour_b = (np.asarray(c, np.float32)[:, None, None, None] for c in (scene.colour_a, scene.colour_b))
+    colour_a, colour_b = (
+        np.asarray(c, np.float32)[:, None, None, None] for c in (scene.colour_a, scene.colour_b)
+    )
     return colour_a * (1 - mix) + colour_b * mix
 
 

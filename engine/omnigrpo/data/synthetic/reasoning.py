@@ -78,7 +78,9 @@ def vocabulary_texts() -> tuple[str, ...]:
     voices = list(_expand(_VOICE_SENTENCES, ("pitch", "energy", "tempo", "tremor", "contour")))
     endings = [(sentence.format(label=label), label) for sentence in _CONCLUSIONS for label in LABELS]
     responses = (
-        response(f"{faces[i % len(faces)]} {voice} {endings[i % len(endings)][0]}", endings[i % len(endings)][1])
+        response(
+            f"{faces[i % len(faces)]} {voice} {endings[i % len(endings)][0]}", endings[i % len(endings)][1]
+        )
         for i, voice in enumerate(voices)
     )
     return (QUESTION, INSTRUCTION, HUMAN_TURN, *LABELS, *responses)

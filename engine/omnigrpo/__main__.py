@@ -1,0 +1,6 @@
+"""`python -m omnigrpo` is the command line."""
+
+from omnigrpo.cli import main
+
+if __name__ == "__main__":
+    main()
