@@ -26,7 +26,7 @@ from omnigrpo.media.sampling import SamplingConfig
 from omnigrpo.model.checkpoint_format import load_towers
 from omnigrpo.model.config import tiny
 from omnigrpo.model.humanomni import HumanOmni
-from omnigrpo.schema import ClipStatus, Modality, Prompt
+from omnigrpo.schema import Modality, Prompt
 
 VIEWS: dict[str, tuple[Modality, ...]] = {
     "video": ("video",),
@@ -55,26 +55,21 @@ class ProbeFeatures:
 def probe_features(model: HumanOmni, prompts: Sequence[Prompt]) -> ProbeFeatures:
     """Decode and encode every clip, and average its features."""
     config, video, audio = model.config, [], []
+    both: tuple[Modality, ...] = ("video", "audio")
     for start in range(0, len(prompts), _BATCH_CLIPS):
         clips = [prompt.clip for prompt in prompts[start : start + _BATCH_CLIPS]]
-        decoded = decode(
-            clips, [("video", "audio")] * len(clips), SamplingConfig(num_frames=config.vision.num_frames)
-        )
-        broken = [item.error for item in decoded if item.status is not ClipStatus.OK]
-        if broken:
-            raise ValueError(f"the probe needs every clip, but {broken[0]}")
-        pixels = [
-            siglip_pixels(item.frames_FHWC, image_size=config.vision.image_size, aspect="pad")
-            for item in decoded
-        ]
-        mels = [
-            whisper_log_mel(
-                item.waveform,
-                num_mel_bins=config.audio.num_mel_bins,
-                chunk_seconds=config.audio.chunk_seconds,
+        pixels, mels = [], []
+        for item in decode(clips, [both] * len(clips), SamplingConfig(num_frames=config.vision.num_frames)):
+            if item.frames_FHWC is None or item.waveform is None:
+                raise ValueError(f"the probe needs every clip, but {item.error}; generate the data again")
+            pixels.append(siglip_pixels(item.frames_FHWC, image_size=config.vision.image_size, aspect="pad"))
+            mels.append(
+                whisper_log_mel(
+                    item.waveform,
+                    num_mel_bins=config.audio.num_mel_bins,
+                    chunk_seconds=config.audio.chunk_seconds,
+                )
             )
-            for item in decoded
-        ]
         for features in model.encode(torch.stack(pixels), torch.stack(mels)):
             assert features.vision_FND is not None
             assert features.audio_AD is not None
@@ -129,14 +124,14 @@ def probe_table(
     return table
 
 
-def probe(data: Path, towers: Path) -> dict[str, float]:
-    """Probe the tiny model with the given towers on a generated dataset."""
+def probe(data: Path, towers: Path, *, sizes: Sequence[int] = TRAIN_SIZES) -> dict[str, float]:
+    """Probe the tiny model with the given towers on a generated dataset: fit on ``rl``, test on the other two."""
     model = HumanOmni(tiny())
     model.init_weights(0)
     load_towers(model, towers)
     splits = {name: read_dataset(data / f"{name}.json", PromptStyle()) for name in ("rl", "heldout", "ood")}
     features = {name: probe_features(model, prompts) for name, prompts in splits.items()}
-    return probe_table(features.pop("rl"), features)
+    return probe_table(features.pop("rl"), features, sizes)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ class Prosody:
     tempo: float
     """0 two syllables a second, 1 six."""
     tremor: float
-    """0 steady, 1 shakes by a semitone and a half and in loudness."""
+    """0 steady, 1 shakes by two semitones and in loudness, and breathes."""
 
 
 EXPRESSION_LOW = Expression(
@@ -77,8 +77,8 @@ PROSODIES: dict[Voice, Prosody] = {
 }
 
 
-def names(kind: type[Expression] | type[Prosody]) -> tuple[str, ...]:
-    """Attribute names in the order of `vector`."""
+def names(kind: type) -> tuple[str, ...]:
+    """Field names of a data class in order, which is the order of `vector`."""
     return tuple(item.name for item in fields(kind))
 
 

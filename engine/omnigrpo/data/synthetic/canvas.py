@@ -13,6 +13,8 @@ Layer = tuple[np.ndarray, np.ndarray]
 """Coverage ``[F, B, C]`` in 0..1 and colour ``[F or 1, 3]``."""
 Shape = Callable[[np.ndarray, np.ndarray], Sequence[Layer]]
 """From box coordinates u (right) and v (down), in head units, to layers painted in order."""
+Extent = np.ndarray | np.float32
+"""A half-axis per picture, or one for all (a Python float would make everything float64)."""
 
 _MARGIN = 4
 
@@ -82,6 +84,6 @@ class Canvas:
             plane[index_FBC] = patch
 
 
-def ellipse(u: np.ndarray, v: np.ndarray, half_u: np.ndarray, half_v: np.ndarray) -> np.ndarray:
+def ellipse(u: np.ndarray, v: np.ndarray, half_u: Extent, half_v: Extent) -> np.ndarray:
     """Approximate signed distance to an axis-parallel ellipse."""
     return (np.sqrt((u / half_u) ** 2 + (v / half_v) ** 2) - 1.0) * np.minimum(half_u, half_v)

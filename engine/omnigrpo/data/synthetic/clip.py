@@ -123,7 +123,7 @@ def draw(
         identities=(identity,),
         scenes=(scene,),
         expressions_FE=_expression_track(expression, num_frames, rng),
-        poses_FP=_pose_track(pose, num_frames, rng),
+        poses_FP=sway(pose, num_frames, rng),
     )
     frames_FHWC = draw_faces(states, size=size, grain_rng=rng)
     return DrawnFace(expression=expression, identity=identity, scene=scene, frames_FHWC=frames_FHWC)
@@ -156,8 +156,8 @@ def _expression_track(apex: Expression, num_frames: int, rng: np.random.Generato
     return track_FE.astype(np.float32)
 
 
-def _pose_track(rest: Pose, num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """A head that sways gently around its rest."""
+def sway(rest: Pose, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """A head that sways gently around its rest: the fields of `Pose`, float32 ``[F, 6]``."""
     amplitude_P = np.asarray([0.012, 0.01, 0.004, 0.04, 0.15, 0.2], dtype=np.float32)
     cycles_P, phase_P = rng.uniform(0.4, 1.4, 6), rng.random(6)
     time_F1 = np.linspace(0, 1, num_frames)[:, None]

@@ -40,6 +40,11 @@ CELLS: dict[str, tuple[Face, Voice]] = {
 }
 
 
+def labels_with_face(label: str) -> tuple[str, ...]:
+    """The emotions that look like ``label``, itself included."""
+    return tuple(other for other in LABELS if CELLS[other][0] == CELLS[label][0])
+
+
 def single_modality_bound(modality: int) -> float:
     """Best possible accuracy from one modality (0 face, 1 voice) when the emotions are equally frequent.
 

@@ -103,6 +103,10 @@ class VoiceIdentity:
     snr_db: float
 
 
+POSE_RANGES = ((0.41, 0.59), (0.45, 0.56), (0.29, 0.39), (-0.2, 0.2), (-0.7, 0.7), (-0.6, 0.6))
+"""Low and high of each field of `Pose`, in both domains."""
+
+
 def sample_face_identity(domain: Domain, rng: np.random.Generator) -> FaceIdentity:
     """A person of the domain."""
     skin, hair, style = _natural(rng) if domain == "in" else _fantastic(rng)
@@ -148,12 +152,10 @@ def sample_scene(domain: Domain, rng: np.random.Generator, *, occlusion: float) 
 def sample_pose(rng: np.random.Generator) -> Pose:
     """Where the head rests; the same in both domains."""
     return Pose(
-        x=rng.uniform(0.41, 0.59),
-        y=rng.uniform(0.45, 0.56),
-        size=rng.uniform(0.29, 0.39),
-        roll=rng.uniform(-0.2, 0.2),
-        yaw=rng.uniform(-0.7, 0.7),
-        nod=rng.uniform(-0.6, 0.6),
+        **{
+            name: rng.uniform(low, high)
+            for name, (low, high) in zip(Pose.__slots__, POSE_RANGES, strict=True)
+        }
     )
 
 

@@ -23,31 +23,26 @@ HUMAN_TURN = f"<video>\n<audio>\n{QUESTION} {INSTRUCTION}"
 
 WORDS: dict[str, tuple[tuple[float, str], ...]] = {
     "mouth_curve": ((-0.35, "turns down"), (0.35, "stays level"), (2.0, "turns up")),
-    "mouth_open": ((0.2, "closed"), (0.5, "slightly open"), (2.0, "wide open")),
     "brow_raise": ((-0.35, "lowered"), (0.35, "level"), (2.0, "raised")),
     "eye_open": ((0.45, "narrow"), (0.75, "calm"), (2.0, "wide")),
     "pitch": ((-0.2, "low"), (0.35, "middle"), (2.0, "high")),
     "energy": ((0.35, "soft"), (0.7, "even"), (2.0, "loud")),
     "tempo": ((0.35, "slow"), (0.6, "steady"), (2.0, "quick")),
     "tremor": ((0.4, "firm"), (2.0, "shaky")),
-    "contour": ((-0.3, "falling"), (0.3, "flat"), (2.0, "rising")),
 }
 """Per attribute the words for its values, each up to (not including) a limit."""
 
 _FACE_SENTENCES = (
-    "The mouth {mouth_curve} and is {mouth_open}, the brows are {brow_raise} and the eyes are {eye_open}.",
-    "I see {brow_raise} brows and {eye_open} eyes, and the {mouth_open} mouth {mouth_curve}.",
-    "On this face the eyes are {eye_open}, the brows {brow_raise}, and the mouth is {mouth_open} and {mouth_curve}.",
+    "The mouth {mouth_curve}, the brows are {brow_raise} and the eyes are {eye_open}.",
+    "I see {brow_raise} brows and {eye_open} eyes, and the mouth {mouth_curve}.",
 )
 _VOICE_SENTENCES = (
-    "The voice is {pitch}, {energy} and {tempo}, with a {tremor} and {contour} tone.",
-    "I hear a {tremor} voice, {pitch} and {energy}, with {tempo} speech and a {contour} tone.",
-    "The speech is {tempo} and {energy}, and the {contour} tone sounds {tremor} and {pitch}.",
+    "The voice is {pitch}, {energy}, {tempo} and {tremor}.",
+    "I hear a {tremor} voice, {pitch}, {energy} and {tempo}.",
 )
 _CONCLUSIONS = (
     "So the emotion is {label}.",
-    "Together the face and the voice say {label}.",
-    "This fits the emotion {label} best.",
+    "This fits {label} best.",
 )
 
 
@@ -57,7 +52,7 @@ def describe(name: str, value: float) -> str:
 
 
 def reasoning(expression: Expression, prosody: Prosody, label: str, rng: np.random.Generator) -> str:
-    """Three sentences on the face, the voice and the conclusion, in one of 27 wordings."""
+    """Three sentences on the face, the voice and the conclusion, in one of 8 wordings."""
     values = asdict(expression) | asdict(prosody)
     words = {name: describe(name, values[name]) for name in WORDS}
     face, voice, conclusion = (
@@ -74,8 +69,8 @@ def response(thought: str, label: str) -> str:
 
 def vocabulary_texts() -> tuple[str, ...]:
     """Every sentence with every choice of words, as responses, and the question: what to train a tokenizer on."""
-    faces = list(_expand(_FACE_SENTENCES, ("mouth_curve", "mouth_open", "brow_raise", "eye_open")))
-    voices = list(_expand(_VOICE_SENTENCES, ("pitch", "energy", "tempo", "tremor", "contour")))
+    faces = list(_expand(_FACE_SENTENCES, ("mouth_curve", "brow_raise", "eye_open")))
+    voices = list(_expand(_VOICE_SENTENCES, ("pitch", "energy", "tempo", "tremor")))
     endings = [(sentence.format(label=label), label) for sentence in _CONCLUSIONS for label in LABELS]
     responses = (
         response(

@@ -13,8 +13,12 @@ BLOCK_SAMPLES = 80
 
 PITCH_SEMITONES = 5.0
 CONTOUR_SEMITONES = 6.0
-TREMOR_SEMITONES = 1.5
-TREMOR_HZ = 6.5
+TREMOR_SEMITONES = 2.0
+TREMOR_HZ = 6.0
+TREMOR_DEPTH = 0.65
+"""Share of the loudness that a full tremor takes away at its troughs."""
+TREMOR_BREATH = 0.2
+"""Breath that a full tremor adds to the speaker's own."""
 SYLLABLES_PER_SECOND = (2.0, 6.0)
 LOUDNESS_DB = (-32.0, -14.0)
 """Root mean square of a syllable's top, relative to full scale, at energy 0 and 1."""
@@ -48,7 +52,8 @@ def sing(
     voiced = _harmonics(melody, prosody)
     breath = rng.standard_normal(len(voiced), dtype=np.float32)
     breath[1:] -= 0.6 * breath[:-1].copy()
-    voiced += identity.breath * np.repeat(melody.level_B, BLOCK_SAMPLES) * breath
+    breathiness = identity.breath + TREMOR_BREATH * prosody.tremor
+    voiced += breathiness * np.repeat(melody.level_B, BLOCK_SAMPLES) * breath
     gain_db = LOUDNESS_DB[0] + prosody.energy * (LOUDNESS_DB[1] - LOUDNESS_DB[0]) + identity.gain_db
     voiced *= 10 ** (gain_db / 20)
     room_db = (LOUDNESS_DB[0] + LOUDNESS_DB[1]) / 2 - identity.snr_db
@@ -70,7 +75,7 @@ def compose(
     level = np.clip(np.minimum(inside / 0.2, (1 - inside) / 0.4), 0, 1) ** 0.8
     level *= rng.uniform(0.8, 1.0, len(starts)).astype(np.float32)[which]
     shake = np.sin(2 * np.pi * (TREMOR_HZ * seconds + rng.random()))
-    level *= 1 - 0.4 * prosody.tremor * (0.5 + 0.5 * shake)
+    level *= 1 - TREMOR_DEPTH * prosody.tremor * (0.5 + 0.5 * shake)
     accents = rng.normal(0, 0.7, len(starts)).astype(np.float32)
     semitones = (
         PITCH_SEMITONES * prosody.pitch
