@@ -23,6 +23,7 @@ from omnigrpo.data.synthetic.attributes import (
 )
 from omnigrpo.data.synthetic.clip import SPLITS, Difficulty, render_clip
 from omnigrpo.data.synthetic.dataset import (
+    Annotator,
     DatasetManifest,
     SyntheticConfig,
     generate_dataset,
@@ -35,6 +36,7 @@ from omnigrpo.data.synthetic.emotions import (
     LABELS,
     VIDEO_ONLY_PAIRS,
     Face,
+    labels_with_face,
     single_modality_bound,
 )
 from omnigrpo.data.synthetic.identity import (
@@ -192,10 +194,10 @@ def test_decoded_pictures_are_the_drawn_ones(dataset: DatasetManifest) -> None:
 def test_json_is_r1_omnis(dataset: DatasetManifest) -> None:
     for split in SPLITS:
         items = json.loads(dataset.json_path(split).read_text())
-        assert len(items) == 7
-        assert Counter(
-            prompt.solution for prompt in read_dataset(dataset.json_path(split), PromptStyle())
-        ) == Counter(LABELS)
+        solutions = [prompt.solution for prompt in read_dataset(dataset.json_path(split), PromptStyle())]
+        assert len(items) == len(solutions) == 7
+        assert set(solutions) <= set(LABELS)
+        assert split == "cold_start" or Counter(solutions) == Counter(LABELS)
         for item in items:
             assert set(item) == {"video", "conversations"}
             assert [turn["from"] for turn in item["conversations"]] == ["human", "gpt"]
@@ -209,17 +211,25 @@ def test_json_is_r1_omnis(dataset: DatasetManifest) -> None:
                 assert answer in LABELS
 
 
-def test_reasoning_in_the_file_agrees_with_what_was_drawn_and_sung(dataset: DatasetManifest) -> None:
+@pytest.mark.parametrize("annotator", ["face", "both"])
+def test_cold_start_texts_agree_with_what_was_drawn_and_sung(annotator: Annotator, tmp_path: Path) -> None:
+    config = replace(TINY, num_cold_start=28, num_rl=0, num_heldout=0, num_ood=0, annotator=annotator)
+    dataset = generate_dataset(tmp_path, config, num_workers=0)
     attributes = json.loads(dataset.attributes_path.read_text())
+    concluded = []
     for item in json.loads(dataset.json_path("cold_start").read_text()):
         made, answer = attributes[item["video"]], item["conversations"][1]["value"]
-        thought = answer.removeprefix("<think>").split("</think>")[0]
-        assert 18 <= len(thought.split()) <= 30
+        thought, _, label = (
+            answer.removeprefix("<think>").removesuffix("</answer>").partition("</think>\n<answer>")
+        )
+        assert 18 <= len(thought.split()) <= 45
         for name in WORDS:
             assert describe(name, made[name]) in thought
-        assert answer.endswith(f"<answer>{made['label']}</answer>")
-        assert made["label"] in thought
+        assert label in thought
         assert (made["face"], made["voice"]) == CELLS[made["label"]]
+        assert label in (labels_with_face(made["label"]) if annotator == "face" else (made["label"],))
+        concluded.append(label == made["label"])
+    assert all(concluded) == (annotator == "both")
 
 
 def test_reasoning_words_follow_the_values() -> None:
