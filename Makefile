@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(INSTALL) --no-build-isolation -e ".[dev]"
 	@touch $@
 
-demo: $(STAMP) ## Train, evaluate and report on generated clips (SEED=..., ROLLOUT=native|sglang)
-	$(BIN)/omnigrpo demo $(if $(SEED),--seed $(SEED)) $(if $(ROLLOUT),--rollout $(ROLLOUT))
+demo: $(STAMP) ## Train, evaluate and report on generated clips (SEED=..., OUTPUT=DIR)
+	$(BIN)/omnigrpo demo $(if $(SEED),--seed $(SEED)) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROLLOUT),--rollout $(ROLLOUT))
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -q

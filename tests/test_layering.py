@@ -51,10 +51,9 @@ ALLOWED: dict[str, set[str]] = {
     "info": {"omnigrpo_kernels"},
     "pretrain_towers": TOWER_SCRIPT,
     "probe_towers": TOWER_SCRIPT,
-    "demo": BELOW_RUN | {"pretrain_towers", "report", "run"},
+    "demo": BELOW_RUN | {"report", "run"},
     "__main__": {"cli"},
-    "cli": BELOW_RUN
-    | {"demo", "info", "omnigrpo_kernels", "pretrain_towers", "probe_towers", "report", "run"},
+    "cli": BELOW_RUN | {"demo", "info", "report", "run"},
 }
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""
 

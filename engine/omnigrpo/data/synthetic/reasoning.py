@@ -9,6 +9,7 @@ from itertools import product
 
 import numpy as np
 
+from omnigrpo.data.dataset import INSTRUCTION
 from omnigrpo.data.synthetic.attributes import Expression, Prosody
 from omnigrpo.data.synthetic.emotions import LABELS
 
@@ -17,7 +18,6 @@ QUESTION = (
     "most obvious to you?"
 )
 """The one question of R1-Omni's reinforcement learning."""
-INSTRUCTION = "Output the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
 HUMAN_TURN = f"<video>\n<audio>\n{QUESTION} {INSTRUCTION}"
 """The human turn of every item, spelled as in R1-Omni's cold-start file."""
 
