@@ -82,7 +82,8 @@ def clips_job(directory: Path, sizes: Sizes, device: torch.device) -> Job:
     """The demo's model, untrained, on as many generated clips as a step has prompts."""
     config = SyntheticConfig(num_cold_start=0, num_rl=sizes.prompts, num_heldout=0, num_ood=0)
     manifest = generate_dataset(directory / "data", config, num_workers=0)
-    loaded = load_model(build_base(directory / "base", seed=0), device=device)
+    build_base(directory / "base", seed=0)
+    loaded = load_model(directory / "base", device=device)
     model = loaded.model
     encoder = PromptEncoder(loaded.tokenizer, loaded.gate_tokenizer, model.config, PromptTemplate())
     spans = SpanRecorder(synchronize_cuda=device.type == "cuda")

@@ -4,6 +4,7 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def assets_path(name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     threads = torch.get_num_threads()
     output = tmp_path_factory.mktemp("towers") / "towers.safetensors"
     record = pretrain(SMALL, output, command="python -m omnigrpo.pretrain_towers")
@@ -36,11 +37,11 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 @pytest.fixture(scope="module")
-def shipped() -> dict[str, object]:
+def shipped() -> dict[str, Any]:
     return json.loads(assets_path("tiny_towers.json").read_text())
 
 
-def test_a_small_run_writes_weights_and_their_record(small_run: tuple[Path, dict[str, object]]) -> None:
+def test_a_small_run_writes_weights_and_their_record(small_run: tuple[Path, dict[str, Any]]) -> None:
     output, record = small_run
     assert json.loads(output.with_suffix(".json").read_text()) == record
     assert record["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
@@ -49,7 +50,7 @@ def test_a_small_run_writes_weights_and_their_record(small_run: tuple[Path, dict
 
 
 def test_a_small_run_moves_both_towers_and_only_those_it_computes(
-    small_run: tuple[Path, dict[str, object]],
+    small_run: tuple[Path, dict[str, Any]],
 ) -> None:
     start, trained = HumanOmni(tiny()), HumanOmni(tiny())
     start.init_weights(SMALL.seed)
@@ -76,7 +77,7 @@ def test_studies_are_standardised_and_deterministic() -> None:
     assert torch.equal(again.inputs, faces.inputs)
 
 
-def test_shipped_towers_are_those_of_their_record(shipped: dict[str, object]) -> None:
+def test_shipped_towers_are_those_of_their_record(shipped: dict[str, Any]) -> None:
     weights = assets_path("tiny_towers.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == shipped["sha256"]
     assert len(weights) == shipped["bytes"] < 4_000_000
@@ -84,7 +85,7 @@ def test_shipped_towers_are_those_of_their_record(shipped: dict[str, object]) ->
     assert shipped["seed"] == shipped["config"]["seed"]
 
 
-def test_shipped_towers_learnt_what_was_drawn_and_sung(shipped: dict[str, object]) -> None:
+def test_shipped_towers_learnt_what_was_drawn_and_sung(shipped: dict[str, Any]) -> None:
     for tower, weakest in (("vision", 0.6), ("audio", 0.6)):
         scores = {name: r for name, r in shipped["r_squared"][tower].items() if not name.startswith("pose_")}
         assert min(scores.values()) > weakest, scores
@@ -94,6 +95,8 @@ def test_shipped_towers_load_into_the_tiny_model() -> None:
     model = HumanOmni(tiny())
     load_towers(model, assets_path("tiny_towers.safetensors"))
     features = model.encode(torch.zeros(1, 4, 3, 96, 96), torch.zeros(1, 80, 300))[0]
+    assert features.vision_FND is not None
+    assert features.audio_AD is not None
     assert features.vision_FND.shape == (4, 36, 96)
     assert features.audio_AD.shape == (50, 96)
     assert torch.isfinite(features.vision_FND).all()

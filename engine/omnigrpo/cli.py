@@ -38,7 +38,7 @@ def demo(
     """Render clips, train a tiny model on them (cold start, then GRPO), evaluate, and write a report."""
     from omnigrpo.demo import DemoConfig, run_demo
 
-    run_demo(DemoConfig(output=output, seed=seed, overrides=(f"rollout.engine={rollout}",)))
+    run_demo(DemoConfig(output=output, seed=seed, grpo=(f"rollout.engine={rollout}",)))
 
 
 @app.command("generate-data")

@@ -40,8 +40,10 @@ class DemoConfig:
     output: Path
     seed: int = 0
     data: SyntheticConfig = field(default_factory=SyntheticConfig)
-    overrides: tuple[str, ...] = ()
-    """Further settings of the GRPO stage."""
+    cold_start: tuple[str, ...] = ()
+    """Overrides of the cold start's preset."""
+    grpo: tuple[str, ...] = ()
+    """Overrides of the GRPO preset."""
 
 
 def run_demo(config: DemoConfig) -> dict[str, object]:
@@ -53,23 +55,23 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
             f"{output} already holds a finished demo: open {output / REPORT_FILE}, or remove the directory, "
             "or choose another --output"
         )
-    data = output / "data"
+    data, base, first = output / "data", output / "base", output / "cold_start"
+    cold_start = _settings(
+        config, "demo_cold_start", base, data / "cold_start.json", first, *config.cold_start
+    )
+    grpo = _settings(config, "demo_grpo", first / MODEL_DIRECTORY, data / "rl.json", output, *config.grpo)
+
     with _stage(console, seconds, "render clips"), counting("render clips") as show:
         generate_dataset(data, replace(config.data, seed=config.seed), on_progress=show)
-    base = build_base(output / "base", seed=config.seed)
-
-    cold_start = _settings(config, "demo_cold_start", base, data / "cold_start.json", output / "cold_start")
     with _stage(console, seconds, "cold start"):
-        run_sft(cold_start, resume=_begun(output / "cold_start"))
+        build_base(base, seed=config.seed)
+        run_sft(cold_start, resume=_begun(first))
     with _stage(console, seconds, "evaluate the cold start"):
-        before = _evaluate(console, config, output / "cold_start" / MODEL_DIRECTORY, "cold_start")
-
-    start = output / "cold_start" / MODEL_DIRECTORY
-    grpo = _settings(config, "demo_grpo", start, data / "rl.json", output, *config.overrides)
+        before = _evaluate(console, grpo, first / MODEL_DIRECTORY, "cold_start")
     with _stage(console, seconds, "GRPO"):
         run_grpo(grpo, resume=_begun(output))
     with _stage(console, seconds, "evaluate GRPO"):
-        after = _evaluate(console, config, output / MODEL_DIRECTORY, "grpo")
+        after = _evaluate(console, grpo, output / MODEL_DIRECTORY, "grpo")
 
     summary = summarise(output, config.seed, {"cold_start": before, "grpo": after}, seconds)
     (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -77,7 +79,7 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
     return summary
 
 
-def build_base(directory: Path, *, seed: int) -> Path:
+def build_base(directory: Path, *, seed: int) -> None:
     """Write the untrained tiny model: shipped towers, new tokenizers, everything else drawn from ``seed``."""
     texts = vocabulary_texts()
     prompt = PromptTemplate().text(f"{QUESTION}{PromptStyle().separator}{INSTRUCTION}", ("video", "audio"))
@@ -89,7 +91,6 @@ def build_base(directory: Path, *, seed: int) -> Path:
     with as_file(files("omnigrpo.model") / "assets" / "tiny_towers.safetensors") as towers:
         load_towers(model, towers)
     save_model(model, Tokenizers(text=tokenizer, gate=gate_tokenizer), directory)
-    return directory
 
 
 def summarise(
@@ -145,10 +146,11 @@ def _begun(run: Path) -> bool:
     return (run / METRICS_FILE).exists()
 
 
-def _evaluate(console: Console, config: DemoConfig, model: Path, stage: str) -> dict[str, EvaluationReport]:
-    settings = _settings(config, "demo_grpo", model, config.output / "data" / "rl.json", config.output)
+def _evaluate(console: Console, settings: RunConfig, model: Path, stage: str) -> dict[str, EvaluationReport]:
+    settings = replace(settings, model=replace(settings.model, path=model))
+    output = settings.run.output / EVALUATIONS_DIRECTORY
     pairs = (*AUDIO_ONLY_PAIRS, *VIDEO_ONLY_PAIRS)
-    reports = run_evaluation(settings, output=config.output / EVALUATIONS_DIRECTORY, stage=stage, pairs=pairs)
+    reports = run_evaluation(settings, output=output, stage=stage, pairs=pairs)
     for split, report in reports.items():
         console.print(f"{stage} {split}: {report.headline()}", highlight=False)
     return reports

@@ -4,9 +4,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from omnigrpo_kernels.extension import kernel_status
 from rich.console import Console
 from rich.table import Table
+
+from omnigrpo_kernels.extension import kernel_status
 
 PACKAGES = (
     "omnigrpo",

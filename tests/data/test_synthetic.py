@@ -21,7 +21,7 @@ from omnigrpo.data.synthetic.attributes import (
     sample_expression,
     vector,
 )
-from omnigrpo.data.synthetic.clip import SPLITS, Difficulty, render_clip
+from omnigrpo.data.synthetic.clip import SPLITS, Difficulty, Split, render_clip
 from omnigrpo.data.synthetic.dataset import (
     Annotator,
     DatasetManifest,
@@ -281,14 +281,14 @@ def test_labels_are_balanced_and_shuffled() -> None:
 )
 def test_impossible_configurations_say_why(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SyntheticConfig(**change)
+        replace(SyntheticConfig(), **change)
 
 
 def _clip(
     label: str,
     *,
     seed: int = 0,
-    split: str = "rl",
+    split: Split = "rl",
     index: int = 0,
     jitter: float = 0.15,
     intensity: float = 0.7,

@@ -46,4 +46,5 @@ def job(tmp_path_factory) -> Job:
         root / "data", SyntheticConfig(num_cold_start=7, num_rl=14, num_heldout=7, num_ood=7), num_workers=0
     )
     (root / "rewards.py").write_text(REWARD_SOURCE)
-    return Job(data=root / "data", base=build_base(root / "base", seed=0), reward=root / "rewards.py")
+    build_base(root / "base", seed=0)
+    return Job(data=root / "data", base=root / "base", reward=root / "rewards.py")
