@@ -160,6 +160,11 @@ def test_the_description_shows_what_is_there() -> None:
     assert describe({"loss": 0.5, "samples_per_second": 12.0}) == "loss 0.5000  12.00 samples/s"
 
 
+def test_the_description_shows_dropped_prompts_only_when_there_are_some() -> None:
+    assert describe({Metric.REWARD: 1.25, Metric.DROPPED: 3.0}) == "reward 1.250  3 dropped"
+    assert describe({Metric.REWARD: 1.25, Metric.DROPPED: 0.0}) == "reward 1.250"
+
+
 def test_without_a_terminal_every_nth_step_is_a_line() -> None:
     output = io.StringIO()
     seconds = iter(range(0, 1000, 10))

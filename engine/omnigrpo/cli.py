@@ -1,5 +1,6 @@
 """The command line. Heavy imports live inside the commands, so that --help answers at once."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -99,7 +100,8 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Option("--model", help="Checkpoint directory.")],
-    data: Annotated[list[Path], typer.Option("--data", help="Dataset JSON; repeatable.")],
+    data: Annotated[list[Path], typer.Option("--data", help="Dataset JSON; repeatable, each a split.")],
+    stage: Annotated[str, typer.Option(help="Names the results: STAGE_SPLIT.json.")] = "eval",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for the JSON results.")
     ] = None,
@@ -111,9 +113,13 @@ def evaluate(
     from omnigrpo.run import run_evaluation
 
     short = _short(model, data[0], output or Path(), None)
-    splits = ", ".join(f"{path.stem} = {_toml(path)}" for path in data)
+    if len({path.stem for path in data}) < len(data):
+        raise ValueError(
+            f"a split is named after its file, and two of {[str(p) for p in data]} share a name: rename one"
+        )
+    splits = ", ".join(f"{json.dumps(path.stem)} = {_toml(path)}" for path in data)
     settings = load_config(config, [*(overrides or []), *short, f"data.evaluate={{{splits}}}"])
-    for split, result in run_evaluation(settings, output=output).items():
+    for split, result in run_evaluation(settings, output=output, stage=stage).items():
         typer.echo(f"{split}: {result.headline()}")
 
 
@@ -138,7 +144,7 @@ def main() -> None:
     debug = bool(os.environ.get("OMNIGRPO_TRACEBACK"))
     try:
         app()
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if debug:
             raise
         print(f"error: {error}\n(OMNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -41,6 +42,8 @@ class ModelConfig:
     """Checkpoint of the KL's frozen reference; None takes the starting weights."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_activations: bool = False
+    """Recompute each decoder layer in the backward pass: less memory, a third more work."""
     train_bert: bool = False
     """Train the gate's BERT too, as the reference implementation does."""
 
@@ -74,6 +77,13 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
+_REQUIRED = {
+    "model": {"path": "--model DIRECTORY"},
+    "data": {"train": "--data FILE"},
+    "run": {"output": "--output DIRECTORY"},
+}
+
+
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file and apply ``section.key=value`` overrides (values in TOML syntax, bare words are strings).
 
@@ -99,6 +109,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(tree: Mapping[str, object]) -> RunConfig:
     """Build a RunConfig from nested mappings, strictly."""
     _check_keys(tree, RunConfig, "")
+    _check_finite(tree, "")
+    for section, keys in _REQUIRED.items():
+        given = tree.get(section, {})
+        for key, option in keys.items():
+            if isinstance(given, dict) and key not in given:
+                raise ConfigError(f"{section}.{key} is missing: give {option}, or set it in the config file")
     try:
         return TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
@@ -109,10 +125,58 @@ def parse_config(tree: Mapping[str, object]) -> RunConfig:
         raise ConfigError("the configuration does not fit:\n  " + "\n  ".join(lines)) from error
 
 
+def changed_settings(config: RunConfig, saved: RunConfig) -> list[str]:
+    """Name what differs between two configurations and would make a resumed run another run."""
+    now, then = (_flat(dataclasses.asdict(c)) for c in (config, saved))
+    return [
+        f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+
+
+_MAY_CHANGE = (
+    "media.num_workers",
+    "media.cache",
+    "media.prefetch",
+    "data.evaluate",
+    "model.device",
+    "run.output",
+    "run.steps",
+    "run.save_every",
+    "run.keep_last",
+    "run.log_rollouts_every",
+    "run.rollouts_logged",
+    "run.threads",
+    "run.tensorboard",
+    "run.synchronize_cuda",
+)
+"""Settings that a resumed run may change; more steps stretch the learning-rate schedule."""
+
+
+def _flat(tree: Mapping[str, object], where: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        name = f"{where}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as TOML; keys that are None are left out."""
     tree = TypeAdapter(RunConfig).dump_python(config, mode="json", exclude_none=True)
     path.write_text(tomli_w.dumps(tree), encoding="utf-8")
+
+
+def _check_finite(value: object, where: str) -> None:
+    """Raise ConfigError at the first number that is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number, got {value}")
+    children = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, child in children:
+        _check_finite(child, f"{where}.{key}" if where else str(key))
 
 
 def _apply(tree: dict[str, object], override: str) -> None:

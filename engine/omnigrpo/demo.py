@@ -1,6 +1,7 @@
 """`omnigrpo demo`: clips, cold start, GRPO, evaluation and report, from nothing, on a CPU."""
 
 import json
+import os
 import resource
 import statistics
 import sys
@@ -19,7 +20,7 @@ from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset, v
 from omnigrpo.data.synthetic.emotions import AUDIO_ONLY_PAIRS, VIDEO_ONLY_PAIRS
 from omnigrpo.data.synthetic.reasoning import QUESTION
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
-from omnigrpo.metrics import METRICS_FILE, SECONDS_PREFIX, Metric, read_metrics
+from omnigrpo.metrics import EVALUATIONS_DIRECTORY, METRICS_FILE, SECONDS_PREFIX, Metric, read_metrics
 from omnigrpo.model.checkpoint_format import Tokenizers, load_towers, save_model
 from omnigrpo.model.config import tiny
 from omnigrpo.model.humanomni import HumanOmni
@@ -28,7 +29,7 @@ from omnigrpo.model.tiny_tokenizer import build_gate_tokenizer, build_tokenizer
 from omnigrpo.progress import counting
 from omnigrpo.report.inputs import SUMMARY_FILE
 from omnigrpo.report.page import REPORT_FILE, write_report
-from omnigrpo.run import EVALUATIONS_DIRECTORY, MODEL_DIRECTORY, run_evaluation, run_grpo, run_sft
+from omnigrpo.run import MODEL_DIRECTORY, run_evaluation, run_grpo, run_sft
 
 SPLITS = ("heldout", "ood")
 
@@ -63,8 +64,10 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
 
     with _stage(console, seconds, "render clips"), counting("render clips") as show:
         generate_dataset(data, replace(config.data, seed=config.seed), on_progress=show)
+    build_base(base, seed=config.seed)
+    with _stage(console, seconds, "evaluate the untrained model"):
+        untrained = _evaluate(console, grpo, base, "base")
     with _stage(console, seconds, "cold start"):
-        build_base(base, seed=config.seed)
         run_sft(cold_start, resume=_begun(first))
     with _stage(console, seconds, "evaluate the cold start"):
         before = _evaluate(console, grpo, first / MODEL_DIRECTORY, "cold_start")
@@ -73,7 +76,9 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
     with _stage(console, seconds, "evaluate GRPO"):
         after = _evaluate(console, grpo, output / MODEL_DIRECTORY, "grpo")
 
-    summary = summarise(output, config.seed, {"cold_start": before, "grpo": after}, seconds)
+    summary = summarise(
+        output, config.seed, {"base": untrained, "cold_start": before, "grpo": after}, seconds
+    )
     (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     console.print(f"wrote {write_report(output)} and {output / SUMMARY_FILE}")
     return summary
@@ -157,10 +162,11 @@ def _evaluate(console: Console, settings: RunConfig, model: Path, stage: str) ->
 
 
 def _peak_memory_gib() -> float:
-    """Largest resident set of this process and of any child, GiB (Linux reports KiB, macOS bytes)."""
+    """Upper bound, GiB: this process at its largest, and on every core the largest child (the renderers)."""
     unit = 1 if sys.platform == "darwin" else 1024
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * unit / 2**30
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return (own + (os.cpu_count() or 1) * child) * unit / 2**30
 
 
 @contextmanager

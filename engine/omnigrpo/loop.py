@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from omnigrpo.metrics import SECONDS_PREFIX, Metric, MetricsLog, training_progress
+from rich.console import Console
+
+from omnigrpo.metrics import DROPPED_FILE, SECONDS_PREFIX, Metric, MetricsLog, training_progress
 from omnigrpo.runtime.spans import SpanRecorder
 from omnigrpo.schema import StepReport
 from omnigrpo.step_records import dropped_records, rollout_records
@@ -41,12 +43,15 @@ class LoopConfig:
     threads: int | None = None
     """CPU threads of torch; None leaves torch's choice."""
     tensorboard: bool = False
+    synchronize_cuda: bool = False
+    """Wait for the device at both ends of every phase: true times, at the price of the overlap."""
 
     def __post_init__(self) -> None:
         """Reject intervals that never come."""
-        for name in ("steps", "save_every", "keep_last", "log_rollouts_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "save_every", "keep_last", "log_rollouts_every", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"run.{name} must be at least 1, got {value}")
 
 
 def run_steps(
@@ -58,20 +63,43 @@ def run_steps(
     save: Callable[[int], None],
     title: str,
 ) -> None:
-    """Step until ``config.steps`` are done, logging each one and saving every ``save_every``."""
-    first = trainer.steps_done
-    with training_progress(config.steps, first_step=first, title=title) as progress:
-        while trainer.steps_done < config.steps:
-            started = time.perf_counter()
-            report = trainer.step()
-            metrics = report.metrics | _timing(report, spans.drain(), time.perf_counter() - started)
-            log.log(report.step, metrics)
-            log.log_dropped(report.step, dropped_records(report))
-            if report.step % config.log_rollouts_every == 0 or report.step == first + 1:
-                log.log_rollouts(report.step, rollout_records(report, limit=config.rollouts_logged))
-            progress.update(report.step, metrics)
-            if report.step % config.save_every == 0 or report.step == config.steps:
-                save(report.step)
+    """Step until ``config.steps`` are done, logging each one and saving every ``save_every``.
+
+    What ends the run early (a reward that raises, an interrupt) ends it after the finished steps were saved. Raises
+    ValueError when not one prompt of the run could be used.
+    """
+    first = saved = trainer.steps_done
+    samples, dropped = 0.0, []
+    try:
+        with training_progress(config.steps, first_step=first, title=title) as progress:
+            while trainer.steps_done < config.steps:
+                started = time.perf_counter()
+                report = trainer.step()
+                metrics = report.metrics | _timing(report, spans.drain(), time.perf_counter() - started)
+                _log(log, report, metrics, config)
+                progress.update(report.step, metrics)
+                samples += report.metrics[Metric.SAMPLES]
+                dropped += report.dropped
+                if report.step % config.save_every == 0 or report.step == config.steps:
+                    save(report.step)
+                    saved = report.step
+    finally:
+        if trainer.steps_done > saved:
+            save(trainer.steps_done)
+    if dropped:
+        message = (
+            f"{len(dropped)} prompts were dropped, see {DROPPED_FILE}; the first because {dropped[0].error}"
+        )
+        if not samples:
+            raise ValueError(f"{title} could not use a single clip: {message}")
+        Console(stderr=True).print(f"{title}: {message}", highlight=False)
+
+
+def _log(log: MetricsLog, report: StepReport, metrics: Mapping[str, float], config: LoopConfig) -> None:
+    log.log(report.step, metrics)
+    log.log_dropped(report.step, dropped_records(report))
+    if report.step == 1 or report.step % config.log_rollouts_every == 0:
+        log.log_rollouts(report.step, rollout_records(report, limit=config.rollouts_logged))
 
 
 def _timing(report: StepReport, phase_seconds: Mapping[str, float], wall_seconds: float) -> dict[str, float]:

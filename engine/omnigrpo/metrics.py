@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 DROPPED_FILE = "dropped.jsonl"
+EVALUATIONS_DIRECTORY = "evaluations"
+"""Directory of the run that holds its evaluation reports, one JSON file each."""
 
 REWARD_COMPONENT_PREFIX = "rewards/"
 """``rewards/<name>`` is the mean of one reward, unweighted."""
@@ -61,6 +63,7 @@ _SHOWN: tuple[tuple[Metric, str], ...] = (
     (Metric.KL, "KL {:.4f}"),
     (Metric.LENGTH, "length {:.1f}"),
     (Metric.SAMPLES_PER_SECOND, "{:.2f} samples/s"),
+    (Metric.DROPPED, "{:.0f} dropped"),
 )
 
 
@@ -239,9 +242,12 @@ def _tensorboard_writer(directory: Path, *, purge_step: int | None) -> "SummaryW
 def describe(metrics: Mapping[str, float]) -> str:
     """The figures worth watching among ``metrics``, e.g. ``reward 1.250  KL 0.0031  length 42.0``.
 
-    The loss is shown only without a reward (supervised training): under GRPO it says nothing.
+    The loss is shown only without a reward (supervised training): under GRPO it says nothing. Dropped prompts
+    are shown only when there are any.
     """
     hidden = {Metric.LOSS} if Metric.REWARD in metrics else set()
+    if not metrics.get(Metric.DROPPED):
+        hidden.add(Metric.DROPPED)
     return "  ".join(
         text.format(metrics[name]) for name, text in _SHOWN if name in metrics and name not in hidden
     )

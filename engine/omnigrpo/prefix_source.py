@@ -24,6 +24,9 @@ from omnigrpo.schema import (
     Prompt,
 )
 
+RECIPE_VERSION = 1
+"""Raised whenever decoding, pixels, log-mel or towers change what they compute: older cached features are void."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaConfig:
@@ -37,6 +40,8 @@ class MediaConfig:
     """Where tower features outlive the run; None keeps them in memory only."""
     cache_budget_mib: int = 2048
     """Memory for tower features, MiB."""
+    min_frames: int = 2
+    """A clip with fewer frames is refused; 1 repeats a lone frame, as the reference does."""
     prefetch: bool = True
     """Decode and encode the next step's clips while this step runs."""
 
@@ -65,8 +70,12 @@ class PrefixSource:
         self._prompt_encoder = prompt_encoder
         self._config = config
         self._spans = spans
-        self._sampling = SamplingConfig(num_frames=model.config.vision.num_frames)
-        self._recipe = f"{tower_hash}/{config.aspect}/{self._sampling.num_frames}"
+        self._sampling = SamplingConfig(
+            num_frames=model.config.vision.num_frames, min_frames=config.min_frames
+        )
+        self._recipe = (
+            f"{RECIPE_VERSION}/{tower_hash}/{model.config.vision}/{model.config.audio}/{config.aspect}"
+        )
         self._cache = FeatureCache(config.cache_directory, config.cache_budget_mib * 2**20)
         self._known_hashes: dict[tuple[object, ...], str] = {}
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
@@ -93,23 +102,21 @@ class PrefixSource:
         self._background.shutdown(wait=True, cancel_futures=True)
 
     def _build(self, prompts: Sequence[Prompt]) -> SourceBatch:
-        cached = [self._lookup(prompt) for prompt in prompts]
-        missing = [at for at, features in enumerate(cached) if features is None]
-        dropped: list[DroppedPrompt] = []
-        if missing:
-            for at, result in zip(missing, self._encode([prompts[at] for at in missing]), strict=True):
-                if isinstance(result, DroppedPrompt):
-                    dropped.append(result)
-                else:
-                    cached[at] = result
-        inputs = tuple(
-            self._prompt_encoder.encode(prompt, features)
-            for prompt, features in zip(prompts, cached, strict=True)
-            if features is not None
-        )
-        return SourceBatch(inputs=inputs, dropped=tuple(dropped))
+        wanted = {_request(prompt): prompt for prompt in prompts}
+        found = {request: self._lookup(prompt) for request, prompt in wanted.items()}
+        missing = {request: wanted[request] for request, features in found.items() if features is None}
+        encoded = dict(zip(missing, self._encode(tuple(missing.values())), strict=True))
+        inputs, dropped = [], []
+        for prompt in prompts:
+            features = found[_request(prompt)] or encoded[_request(prompt)]
+            if isinstance(features, DecodedClip):
+                dropped.append(_dropped(prompt, features))
+            else:
+                inputs.append(self._prompt_encoder.encode(prompt, features))
+        return SourceBatch(inputs=tuple(inputs), dropped=tuple(dropped))
 
     def _lookup(self, prompt: Prompt) -> ClipFeatures | None:
+        """Cached features of the prompt's clip, without decoding it; its content is hashed once."""
         if not prompt.modalities:
             return ClipFeatures(vision_FND=None, audio_AD=None)
         try:
@@ -123,7 +130,10 @@ class PrefixSource:
     def _key(self, prompt: Prompt, clip_hash: str) -> str:
         return feature_key(clip_hash, f"{self._recipe}/{'+'.join(prompt.modalities)}")
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[ClipFeatures | DroppedPrompt]:
+    def _encode(self, prompts: Sequence[Prompt]) -> list[ClipFeatures | DecodedClip]:
+        """Decode and encode; an unusable clip stays as it was decoded, with its status."""
+        if not prompts:
+            return []
         with self._spans.span(Phase.DECODE):
             decoded = decode(
                 [prompt.clip for prompt in prompts],
@@ -132,20 +142,19 @@ class PrefixSource:
                 num_workers=self._config.num_workers,
             )
         self.num_decoded += len(decoded)
-        results: list[ClipFeatures | DroppedPrompt | None] = [
-            None if clip.status is ClipStatus.OK else _dropped(prompt, clip)
-            for prompt, clip in zip(prompts, decoded, strict=True)
-        ]
-        usable = [at for at, result in enumerate(results) if result is None]
+        results: list[ClipFeatures | DecodedClip] = list(decoded)
+        usable = [at for at, clip in enumerate(decoded) if clip.status is ClipStatus.OK]
         with self._spans.span(Phase.ENCODE):
             for modalities in sorted({prompts[at].modalities for at in usable}):
                 members = [at for at in usable if prompts[at].modalities == modalities]
                 for at, features in zip(
                     members, self._run_towers([decoded[at] for at in members]), strict=True
                 ):
-                    self._remember(prompts[at], decoded[at], features)
+                    clip_hash = decoded[at].content_hash
+                    assert clip_hash is not None, "a decoded clip has a hash"
+                    self._cache.put(self._key(prompts[at], clip_hash), features)
                     results[at] = features
-        return [result for result in results if result is not None]
+        return results
 
     def _run_towers(self, clips: Sequence[DecodedClip]) -> list[ClipFeatures]:
         """Encode clips that hold the same modalities in one batch."""
@@ -161,14 +170,14 @@ class PrefixSource:
             torch.stack(pixels) if pixels else None, torch.stack(mels) if mels else None
         )
 
-    def _remember(self, prompt: Prompt, clip: DecodedClip, features: ClipFeatures) -> None:
-        assert clip.content_hash is not None, "a decoded clip has a hash"
-        self._known_hashes[_identity(prompt)] = clip.content_hash
-        self._cache.put(self._key(prompt, clip.content_hash), features)
-
 
 def _dropped(prompt: Prompt, clip: DecodedClip) -> DroppedPrompt:
     return DroppedPrompt(prompt_id=prompt.prompt_id, status=clip.status, error=clip.error or clip.status)
+
+
+def _request(prompt: Prompt) -> tuple[object, ...]:
+    """What is asked of a clip: prompts that agree in it share one decode."""
+    return (prompt.clip, prompt.modalities)
 
 
 def _identity(prompt: Prompt) -> tuple[object, ...]:

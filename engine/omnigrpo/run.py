@@ -1,14 +1,15 @@
 """Builds a run from its configuration and drives it: supervised training, GRPO, evaluation."""
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from omnigrpo.config import ConfigError, RunConfig, save_config
+from omnigrpo.config import ConfigError, RunConfig, changed_settings, load_config, save_config
 from omnigrpo.data.dataset import check_responses, read_dataset
 from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
@@ -19,8 +20,8 @@ from omnigrpo.model.checkpoint_format import LoadedModel, load_model, save_model
 from omnigrpo.model.humanomni import reference_copy
 from omnigrpo.model.prompting import PromptEncoder
 from omnigrpo.prefix_source import PrefixSource
+from omnigrpo.progress import counting
 from omnigrpo.reward.composition import RewardSet
-from omnigrpo.rollout.interface import SamplingParams
 from omnigrpo.rollout.native_engine import NativeEngine
 from omnigrpo.runtime.checkpoint import CheckpointWriter, latest_checkpoint, load_state, model_directory
 from omnigrpo.runtime.distributed import World
@@ -35,7 +36,6 @@ CONFIG_FILE = "config.toml"
 CHECKPOINTS_DIRECTORY = "checkpoints"
 MODEL_DIRECTORY = "model"
 """The trained model of a finished run, in the reference layout."""
-EVALUATIONS_DIRECTORY = "evaluations"
 EVALUATION_BATCH = 64
 """Prompts decoded at once in an evaluation."""
 
@@ -84,13 +84,14 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
             fresh = checkpoint is None and start == config.model.path
             reference = reference_copy(policy if fresh else _load(config, start).model)
         optimizer = _optimizer(config, parts, total_steps=config.run.steps * config.trainer.iterations)
+        rollout = NativeEngine(policy, config.rollout.native, spans=parts.spans)
         trainer = Trainer(
             policy=policy,
             reference=reference,
             prompts=_stream(config, prompts),
             prompt_encoder=parts.prompt_encoder,
             source=parts.source,
-            rollout=NativeEngine(policy, spans=parts.spans),
+            rollout=rollout,
             rewards=rewards,
             optimizer=optimizer,
             spans=parts.spans,
@@ -102,6 +103,7 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
             config=config.trainer,
         )
         _drive(config, parts, trainer, optimizer, checkpoint, title="GRPO")
+        rollout.close()
 
 
 def run_evaluation(
@@ -113,30 +115,43 @@ def run_evaluation(
             "data.evaluate names no split: give one, e.g. data.evaluate={heldout='heldout.json'}"
         )
     splits = {name: _read(config, path) for name, path in config.data.evaluate.items()}
-    reports = {}
     with _parts(config, None) as parts:
-        engine = NativeEngine(parts.loaded.model, spans=parts.spans)
-        sampling = SamplingParams(
-            max_new_tokens=config.rollout.max_new_tokens, stop_token_ids=parts.prompt_encoder.stop_token_ids
-        )
-        for split, prompts in splits.items():
-            dropped: list[DroppedPrompt] = []
-            reports[split] = evaluate(
-                engine,
-                _prefixes(parts, prompts, dropped, batch_size=EVALUATION_BATCH),
-                detokenize=parts.prompt_encoder.decode,
-                sampling=sampling,
-                stage=stage,
-                split=split,
-                pairs=pairs,
-                dropped=dropped,
-                batch_size=EVALUATION_BATCH,
-            )
-            if output is not None:
-                output.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(reports[split].to_json(), indent=1)
-                (output / f"{stage}_{split}.json").write_text(text + "\n", encoding="utf-8")
+        reports = {
+            split: _evaluate_split(config, parts, prompts, stage=stage, split=split, pairs=pairs)
+            for split, prompts in splits.items()
+        }
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        for split, report in reports.items():
+            text = json.dumps(report.to_json(), indent=1)
+            (output / f"{stage}_{split}.json").write_text(text + "\n", encoding="utf-8")
     return reports
+
+
+def _evaluate_split(
+    config: RunConfig,
+    parts: Parts,
+    prompts: tuple[Prompt, ...],
+    *,
+    stage: str,
+    split: str,
+    pairs: tuple[tuple[str, str], ...],
+) -> EvaluationReport:
+    dropped: list[DroppedPrompt] = []
+    engine = NativeEngine(parts.loaded.model, config.rollout.native, spans=parts.spans)
+    with counting(f"evaluate {split}") as show:
+        return evaluate(
+            engine,
+            _prefixes(parts, prompts, dropped, batch_size=EVALUATION_BATCH),
+            detokenize=parts.prompt_encoder.decode,
+            sampling=config.rollout.sampling(stop_token_ids=parts.prompt_encoder.stop_token_ids),
+            stage=stage,
+            split=split,
+            pairs=pairs,
+            dropped=dropped,
+            batch_size=EVALUATION_BATCH,
+            on_batch=lambda done: show(done, len(prompts)),
+        )
 
 
 def _read(config: RunConfig, path: Path) -> tuple[Prompt, ...]:
@@ -148,7 +163,7 @@ def _stream(config: RunConfig, prompts: tuple[Prompt, ...]) -> PromptStream:
 
 
 def _start(config: RunConfig, resume: bool) -> Path | None:
-    """Return the checkpoint to go on from, if any; refuses to write over a run, or to resume nothing."""
+    """Return the checkpoint to go on from, if any; refuses to write over a run, or to resume nothing or another one."""
     output = config.run.output
     checkpoint = latest_checkpoint(output / CHECKPOINTS_DIRECTORY)
     begun = checkpoint is not None or (output / METRICS_FILE).exists()
@@ -158,19 +173,34 @@ def _start(config: RunConfig, resume: bool) -> Path | None:
         raise ConfigError(
             f"{output} already holds a run: add --resume to go on, or choose another run.output"
         )
+    changed = changed_settings(config, load_config(output / CONFIG_FILE)) if begun else []
+    if changed:
+        raise ConfigError(
+            f"the run in {output} has other settings: "
+            + "; ".join(changed)
+            + f". Resume with those of its {CONFIG_FILE}, or start another run"
+        )
     return checkpoint
 
 
 @contextmanager
 def _parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
     """Load the model (the checkpoint's weights when resuming) and what feeds it; closes the feed."""
+    world = World.from_environment(config.model.device)
+    if world.size > 1:
+        world.close()
+        raise ConfigError(
+            f"WORLD_SIZE is {world.size}, but the command line trains with one process: to train with several, embed "
+            "Trainer, which takes a World"
+        )
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     loaded = _load(config, config.model.path if checkpoint is None else model_directory(checkpoint))
     loaded.model.configure_bert(trainable=config.model.train_bert)
+    loaded.model.decoder.checkpoint_activations = config.model.checkpoint_activations
     encoder = PromptEncoder(loaded.tokenizer, loaded.gate_tokenizer, loaded.model.config, config.prompt)
-    spans = SpanRecorder()
+    spans = SpanRecorder(synchronize_cuda=config.run.synchronize_cuda)
     source = PrefixSource(
         model=loaded.model,
         prompt_encoder=encoder,
@@ -178,7 +208,6 @@ def _parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
         config=config.media,
         spans=spans,
     )
-    world = World.from_environment(config.model.device)
     try:
         yield Parts(loaded=loaded, prompt_encoder=encoder, source=source, spans=spans, world=world)
     finally:
@@ -212,6 +241,7 @@ def _drive(
 ) -> None:
     """Restore the run's state, step to the end, and leave the model."""
     output = config.run.output
+    updates_per_step = config.trainer.iterations if isinstance(trainer, Trainer) else 1
     output.mkdir(parents=True, exist_ok=True)
     save_config(config, output / CONFIG_FILE)
     writer = CheckpointWriter(output / CHECKPOINTS_DIRECTORY, config.run.keep_last)
@@ -220,6 +250,8 @@ def _drive(
         save_model(parts.loaded.model, parts.loaded.tokenizers, directory)
 
     def save(step: int) -> None:
+        if optimizer.steps_done != step * updates_per_step:
+            return  # Interrupted between the update and the end of its step: the last checkpoint is the good one.
         writer.save(
             step, save_weights, {"step": step, "optimizer": optimizer.state_dict(), "rng": capture_rng()}
         )
@@ -228,11 +260,27 @@ def _drive(
         if checkpoint is not None:
             state = load_state(checkpoint)
             trainer.steps_done = state["step"]
+            if isinstance(trainer, Trainer):
+                trainer.rollout.publish(trainer.steps_done)
             optimizer.load_state_dict(state["optimizer"])
             restore_rng(state["rng"])
         log.truncate_after(trainer.steps_done)
         run_steps(trainer, config=config.run, log=log, spans=parts.spans, save=save, title=title)
-    save_weights(output / MODEL_DIRECTORY)
+    _replace_directory(output / MODEL_DIRECTORY, save_weights)
+
+
+def _replace_directory(final: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory under another name first, so that a kill never leaves half of it under its own."""
+    fresh, old = final.with_name(f"{final.name}.tmp"), final.with_name(f"{final.name}.old")
+    for leftover in (fresh, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    write(fresh)
+    if final.exists():
+        final.rename(old)
+    fresh.rename(final)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def _prefixes(

@@ -32,6 +32,8 @@ class ClipStatus(StrEnum):
     UNREADABLE = "unreadable"
     NO_VIDEO = "no_video"
     NO_AUDIO = "no_audio"
+    TOO_SHORT = "too_short"
+    """Fewer frames than ``media.min_frames``."""
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
 

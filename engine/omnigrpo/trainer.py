@@ -5,7 +5,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ from omnigrpo.model.prompting import PromptEncoder
 from omnigrpo.prefix_source import PrefixSource
 from omnigrpo.reward.composition import RewardSet
 from omnigrpo.rollout.interface import RolloutEngine, SamplingParams
+from omnigrpo.rollout.native_engine import NativeEngineConfig
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
 from omnigrpo.runtime.spans import Phase, SpanRecorder
@@ -51,6 +52,8 @@ class RolloutConfig:
     top_p: float = 1.0
     """1 is off."""
     max_new_tokens: int = 512
+    native: NativeEngineConfig = field(default_factory=NativeEngineConfig)
+    """Memory budgets of the native engine."""
 
     def __post_init__(self) -> None:
         """Reject a group that has no baseline, and a temperature that has no log-probs."""
@@ -60,6 +63,17 @@ class RolloutConfig:
             )
         if not self.temperature > 0:
             raise ValueError(f"rollout.temperature must be above 0 to explore, got {self.temperature}")
+        self.sampling(stop_token_ids=())
+
+    def sampling(self, *, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+        """What the engine is asked for; raises ValueError where it cannot be honoured."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=stop_token_ids,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,9 +170,14 @@ class Trainer:
 
     def sample(self, inputs: Sequence[PrefixInputs]) -> list[Group]:
         """Embed each prefix once and generate G completions from it."""
+        self._check_budget(inputs)
         with self.spans.span(Phase.PREFILL), torch.no_grad():
             prefixes = embed(self.policy, inputs)
-        completions = self.rollout.generate(prefixes, self.sampling(), self._seeds(inputs))
+        completions = self.rollout.generate(
+            prefixes,
+            self.rollout_config.sampling(stop_token_ids=self.prompt_encoder.stop_token_ids),
+            self._seeds(inputs),
+        )
         return [
             Group(
                 inputs=prefix,
@@ -205,13 +224,10 @@ class Trainer:
             loss = (training_pack.weight_C.to(old_C) * terms.loss_C).sum()
         with self.spans.span(Phase.BACKWARD):
             loss.backward()
-        metrics.add(
-            terms,
-            entropy_C=policy.entropy_T.detach(),
-            logprob_C=policy.logprob_T.detach(),
-            rollout_C=pack.rollout_logprob_C.to(old_C),
-            loss=loss.detach(),
-        )
+        metrics.add(terms, entropy_C=policy.entropy_T.detach())
+        metrics.add_loss(loss.detach() / self.config.iterations)
+        if training_pack.old_C is None:
+            metrics.add_rollout_difference(old_C, pack.rollout_logprob_C.to(old_C))
         return replace(training_pack, old_C=old_C)
 
     def update(self) -> float:
@@ -219,17 +235,6 @@ class Trainer:
         with self.spans.span(Phase.OPTIMIZER):
             self.world.sum_gradients(self.optimizer.parameters)
             return self.optimizer.step()
-
-    def sampling(self) -> SamplingParams:
-        """The rollout's sampling parameters."""
-        config = self.rollout_config
-        return SamplingParams(
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            stop_token_ids=self.prompt_encoder.stop_token_ids,
-        )
 
     def batch(self, step: int) -> tuple[Prompt, ...]:
         """This rank's prompts of a step; a group stays whole on one rank."""
@@ -283,13 +288,25 @@ class Trainer:
             num_sequences=num_sequences, num_tokens=num_tokens, max_tokens=self.rollout_config.max_new_tokens
         )
 
+    def _check_budget(self, inputs: Sequence[PrefixInputs]) -> None:
+        """Refuse, before any token is sampled, a prompt whose group could outgrow a pack."""
+        config = self.rollout_config
+        completions = config.samples * config.max_new_tokens
+        for item in inputs:
+            if len(item.token_ids_P) + completions > self.config.budget_rows:
+                raise ValueError(
+                    f"prompt {item.prompt.prompt_id!r} may need {len(item.token_ids_P)} + {config.samples} x "
+                    f"{config.max_new_tokens} packed rows, but trainer.budget_rows is {self.config.budget_rows}: raise "
+                    "it, or lower rollout.samples or rollout.max_new_tokens"
+                )
+
     def _seeds(self, inputs: Sequence[PrefixInputs]) -> list[list[int]]:
-        """Sampling seeds that depend on run seed, step, prompt and sample alone."""
+        """Sampling seeds that depend on run seed, step, rank, prompt and sample, not on the rest of the batch."""
         seen: Counter[str] = Counter()
         seeds = []
         for prefix in inputs:
             prompt_id = prefix.prompt.prompt_id
-            key = f"{self.seed}/{self.steps_done}/{prompt_id}/{seen[prompt_id]}"
+            key = f"{self.seed}/{self.steps_done}/{self.world.rank}/{prompt_id}/{seen[prompt_id]}"
             seen[prompt_id] += 1
             seeds.append([_seed(f"{key}/{sample}") for sample in range(self.rollout_config.samples)])
         return seeds
@@ -312,7 +329,7 @@ def reward_metrics(rewards: Sequence[GroupRewards]) -> dict[str, float]:
     return {
         Metric.REWARD: _mean(totals),
         Metric.REWARD_STD: _mean(spreads),
-        "reward/equal_groups": _mean([float(spread == 0) for spread in spreads]),
+        Metric.EQUAL_GROUPS: _mean([float(spread == 0) for spread in spreads]),
     } | {
         f"{REWARD_COMPONENT_PREFIX}{name}": _mean(
             [value for group in rewards for value in group.components[name]]

@@ -13,6 +13,7 @@ and causally inside its own completion.
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -98,15 +99,33 @@ def group_mask(prefix_length: int, completion_lengths: tuple[int, ...], device: 
     return same_or_prefix.tril()
 
 
-@lru_cache(maxsize=4)
+_KEPT_LAYOUTS = 2
+_KEPT_BYTES_PER_LAYOUT = 32 * 2**20
+_biases_in_use: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
+
+
 def _group_biases(
     layout: SharedPrefixLayout, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, ...]:
     """Additive masks of each group, or None where plain causal attention is the same thing.
 
-    Kept for the last few layouts because every decoder layer asks for the same ones; never inference tensors,
-    since one that a rollout made may be saved for an update's backward.
+    Kept for the last layouts because every decoder layer asks for the same ones, 64 MiB in all. Masks of a
+    layout that take more than its share live as long as a graph holds them: a forward pass with gradients
+    shares one set over its layers (the backward needs it), one without builds them in each call.
     """
+    num_bytes = dtype.itemsize * sum(
+        length**2
+        for length, lengths in zip(layout.group_lengths, layout.completion_lengths, strict=True)
+        if _needs_mask(lengths)
+    )
+    build = _build_group_biases if num_bytes > _KEPT_BYTES_PER_LAYOUT else _kept_group_biases
+    return build(layout, dtype, device)
+
+
+def _build_group_biases(
+    layout: SharedPrefixLayout, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, ...]:
+    """Never inference tensors: one that a rollout made may be saved for an update's backward."""
     with torch.inference_mode(False), torch.no_grad():
         return tuple(
             _group_bias(prefix, lengths, dtype, device)
@@ -114,13 +133,26 @@ def _group_biases(
         )
 
 
+_kept_group_biases = lru_cache(maxsize=_KEPT_LAYOUTS)(_build_group_biases)
+
+
+def _needs_mask(completion_lengths: tuple[int, ...]) -> bool:
+    """Whether the group is anything but one causal sequence."""
+    return sum(1 for length in completion_lengths if length) > 1
+
+
 def _group_bias(
     prefix_length: int, completion_lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    if sum(1 for length in completion_lengths if length) <= 1:
+    if not _needs_mask(completion_lengths):
         return None
-    mask = group_mask(prefix_length, completion_lengths, device)
-    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)
+    key = (prefix_length, completion_lengths, dtype, device)
+    bias = _biases_in_use.get(key)
+    if bias is None:
+        mask = group_mask(prefix_length, completion_lengths, device)
+        bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)
+        _biases_in_use[key] = bias
+    return bias
 
 
 def shared_prefix_attention_reference(

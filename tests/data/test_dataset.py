@@ -57,6 +57,12 @@ def test_media_root_and_window(tmp_path):
         ([{"video": "a.mp4"}], "item 0: 'conversations' must list"),
         ([{"video": "a.mp4", "conversations": [{"from": "gpt"}, {}]}], 'expected {"from": "human"'),
         ([item(human="<video>\n")], "asks nothing"),
+        (
+            [item(), item(human="Which emotion?")],
+            "item 1: names a clip but its question asks for no modality: add <video> or <audio> to the human turn",
+        ),
+        ([item(id="a"), item(id="b"), item(id="a")], "items 0 and 2: both have the id 'a'"),
+        ([item(id="000001"), item()], "items 0 and 1: both have the id '000001'"),
         ([item(start_seconds="1")], "'start_seconds' must be a number"),
     ],
 )

@@ -72,6 +72,7 @@ def test_own_clips_train_and_bad_ones_are_reported(job, tmp_path):
     assert done.returncode == 0, done.stderr
     steps = read_metrics(tmp_path / "mine")
     assert [s["prompts/dropped"] for s in steps] == [2.0, 2.0]
+    assert "4 prompts were dropped" in done.stderr
     assert [s["samples"] for s in steps] == [6.0, 6.0]
     dropped = {record["prompt_id"]: record for record in read_jsonl(tmp_path / "mine" / "dropped.jsonl")}
     assert dropped["000002"]["status"] == "missing"
@@ -81,14 +82,17 @@ def test_own_clips_train_and_bad_ones_are_reported(job, tmp_path):
     assert (tmp_path / "mine" / "model" / "model.safetensors").is_file()
 
 
-def test_a_step_without_any_usable_clip_goes_on(job, tmp_path):
+def test_a_run_without_any_usable_clip_says_so(job, tmp_path):
     item = {
         "video": "nothing.mp4",
         "conversations": [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "sad"}],
     }
     (tmp_path / "mine.json").write_text(json.dumps([item]))
     done = omnigrpo("train", *settings(job, tmp_path / "run"), "--data", str(tmp_path / "mine.json"))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2
+    assert "could not use a single clip" in done.stderr
+    assert "nothing.mp4 does not exist" in done.stderr
+    assert not (tmp_path / "run" / "model").exists()
     (step,) = read_metrics(tmp_path / "run")
     assert step["prompts/dropped"] == 4.0
     assert step["samples"] == 0.0

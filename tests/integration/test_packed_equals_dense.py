@@ -1,78 +1,26 @@
-"""The whole GRPO loss through the packed path against each sequence alone, in float64."""
+"""The trainer's packed loss and gradients against each sequence alone and full logits, in float64."""
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
-from omnigrpo.algorithm.objective import BatchCounts, ObjectiveConfig, token_terms, token_weights
-from omnigrpo.algorithm.packing import pack, split_by_budget
-from omnigrpo.algorithm.policy import completion_logprobs
-from omnigrpo.model.config import tiny
-from omnigrpo.model.humanomni import HumanOmni, reference_copy
-from omnigrpo.schema import (
-    AUDIO_ROW,
-    VIDEO_ROW,
-    Clip,
-    ClipFeatures,
-    Completion,
-    Group,
-    Modality,
-    PrefixInputs,
-    Prompt,
-)
+from omnigrpo.algorithm.objective import ObjectiveConfig
+from omnigrpo.algorithm.token_metrics import TokenMetrics
+from omnigrpo.metrics import Metric
+from omnigrpo.model.humanomni import reference_copy
+from omnigrpo.trainer import RolloutConfig
 from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
 
-CONFIG = tiny(vocab_size=300, gate_vocab_size=50)
+TEMPERATURE = 0.8
+REWARDS = [[1.0, 0.0, 0.4], [0.3], [2.0, -1.0]]
 OBJECTIVE = ObjectiveConfig(kl_coefficient=0.04, entropy_coefficient=0.01)
 
 
-def make_inputs(text_before: int, text_after: int, *, video: bool, audio: bool) -> PrefixInputs:
-    vision, sound = CONFIG.vision, CONFIG.audio
-    rows = [
-        torch.randint(0, 300, (text_before,)),
-        torch.full((vision.num_tokens if video else 0,), VIDEO_ROW),
-        torch.full((sound.num_tokens if audio else 0,), AUDIO_ROW),
-        torch.randint(0, 300, (text_after,)),
-    ]
-    asked: dict[Modality, bool] = {"video": video, "audio": audio}
-    return PrefixInputs(
-        prompt=Prompt(
-            prompt_id="p",
-            clip=Clip(path=Path("c.mp4")),
-            question="?",
-            modalities=tuple(m for m in asked if asked[m]),
-            solution="happy",
-        ),
-        token_ids_P=torch.cat(rows),
-        question_ids=torch.tensor([2, 7, 9, 3]),
-        features=ClipFeatures(
-            vision_FND=torch.randn(vision.num_frames, vision.grid**2, vision.width) if video else None,
-            audio_AD=torch.randn(sound.num_tokens, sound.width) if audio else None,
-        ),
-    )
-
-
-def make_group(inputs: PrefixInputs, lengths: list[int]) -> Group:
-    completions = tuple(
-        Completion(
-            token_ids=tuple(torch.randint(0, 300, (length,)).tolist()),
-            logprobs=(-1.0,) * length,
-            finish_reason="stop",
-            weight_version=0,
-            cached_tokens=0,
-        )
-        for length in lengths
-    )
-    return Group(inputs=inputs, completions=completions, texts=("",) * len(lengths))
-
-
 @pytest.fixture(scope="module")
-def models():
+def models(builders):
     torch.manual_seed(0)
-    policy = HumanOmni(CONFIG)
-    policy.init_weights(1)
-    policy = policy.double()
+    policy = builders.model(1)
     reference = reference_copy(policy)
     with torch.no_grad():
         for parameter in policy.trainable_parameters().values():
@@ -81,51 +29,33 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def groups():
-    torch.manual_seed(2)
+def groups(builders):
     return [
-        make_group(make_inputs(5, 9, video=True, audio=True), [6, 1, 11]),
-        make_group(make_inputs(3, 2, video=False, audio=True), [1]),
-        make_group(make_inputs(2, 7, video=True, audio=False), [4, 8]),
+        builders.group(builders.inputs("both", text=(5, 9)), [6, 1, 11], seed=1),
+        builders.group(builders.inputs("sound", text=(3, 2), modalities=("audio",)), [1], seed=2),
+        builders.group(builders.inputs("sight", text=(2, 7), modalities=("video",)), [4, 8], seed=3),
     ]
 
 
-ADVANTAGES = [[0.7, -1.2, 0.5], [0.3], [1.0, -1.0]]
-COUNTS = BatchCounts(num_sequences=6, num_tokens=31, max_tokens=16)
-
-
-def objective(policy, reference_C, old_C, advantage_C):
-    return token_terms(
-        policy.logprob_T,
-        entropy_C=policy.entropy_T,
-        old_C=old_C,
-        reference_C=reference_C,
-        rollout_C=old_C,
-        advantage_C=advantage_C,
-        config=OBJECTIVE,
-    ).loss_C
-
-
-def packed_loss(model, reference, groups, old_shift, budget_rows):
-    """The sum over packs, each backpropagated by itself, as the trainer does."""
-    total, first = 0.0, 0
-    for run in split_by_budget(groups, budget_rows):
-        packed = pack(run)
-        advantage_S = torch.tensor(
-            [a for group in ADVANTAGES[first : first + len(run)] for a in group], dtype=torch.float64
-        )
-        first += len(run)
-        lengths_C = torch.bincount(packed.sequence_C)[packed.sequence_C]
-        policy = completion_logprobs(model, packed)
-        with torch.no_grad():
-            reference_C = completion_logprobs(reference, packed).logprob_T
-        loss_C = objective(
-            policy, reference_C, policy.logprob_T.detach() - old_shift, advantage_S[packed.sequence_C]
-        )
-        loss = (token_weights("grpo", lengths_C, COUNTS) * loss_C).sum()
-        loss.backward()
-        total += loss.item()
-    return total
+def packed_loss(builders, models, groups, old_shift, budget_rows):
+    """What the trainer makes of the groups; ``old_shift`` is log of the ratio to the old policy."""
+    policy, reference = models
+    trainer = builders.trainer(
+        policy,
+        reference=reference,
+        objective=OBJECTIVE,
+        budget_rows=budget_rows,
+        rollout=RolloutConfig(samples=3, temperature=TEMPERATURE),
+    )
+    packs = trainer.build_packs(groups, [builders.rewards(*totals) for totals in REWARDS])
+    metrics = TokenMetrics()
+    if old_shift:
+        fixed = [trainer.accumulate(item, TokenMetrics()) for item in packs]
+        policy.zero_grad()
+        packs = [replace(item, old_C=item.old_C - old_shift) for item in fixed]
+    for item in packs:
+        trainer.accumulate(item, metrics)
+    return metrics.summary()[Metric.LOSS], len(packs)
 
 
 def sequence_statistics(model, group, completion):
@@ -134,16 +64,26 @@ def sequence_statistics(model, group, completion):
     rows = torch.cat([model.embed_prefixes([group.inputs]), model.embed_tokens(ids)])
     layout = SharedPrefixLayout(prefix_lengths=(len(rows),), completion_lengths=((),))
     logits = model.decoder(rows, torch.arange(len(rows)), layout) @ model.head_weight_VD.T
-    logprobs = logits[-len(ids) - 1 : -1].log_softmax(-1)
+    logprobs = (logits[-len(ids) - 1 : -1] / TEMPERATURE).log_softmax(-1)
     return logprobs.gather(1, ids[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
-def dense_loss(model, reference, groups, old_shift):
+def dense_advantages(totals):
+    """(r - mean) / (unbiased std + 1e-4), spelt out; 0 for a group of one."""
+    mean = sum(totals) / len(totals)
+    if len(totals) == 1:
+        return [0.0]
+    std = (sum((total - mean) ** 2 for total in totals) / (len(totals) - 1)) ** 0.5
+    return [(total - mean) / (std + 1e-4) for total in totals]
+
+
+def dense_loss(models, groups, old_shift):
     """Mean over all sequences of the mean over tokens, one sequence at a time."""
+    policy, reference = models
     loss = torch.zeros((), dtype=torch.float64)
-    for group, advantages in zip(groups, ADVANTAGES, strict=True):
-        for completion, advantage in zip(group.completions, advantages, strict=True):
-            logprob, entropy = sequence_statistics(model, group, completion)
+    for group, totals in zip(groups, REWARDS, strict=True):
+        for completion, advantage in zip(group.completions, dense_advantages(totals), strict=True):
+            logprob, entropy = sequence_statistics(policy, group, completion)
             with torch.no_grad():
                 reference_logprob, _ = sequence_statistics(reference, group, completion)
             ratio = torch.exp(logprob - (logprob.detach() - old_shift))
@@ -155,22 +95,27 @@ def dense_loss(model, reference, groups, old_shift):
     return loss.item()
 
 
-def gradients(model):
+def taken_gradients(model):
     taken = {name: p.grad.clone() for name, p in model.trainable_parameters().items()}
     model.zero_grad()
     return taken
 
 
-@pytest.mark.parametrize("budget_rows", [10_000, 170], ids=["one pack", "several packs"])
+@pytest.mark.parametrize(("budget_rows", "num_packs"), [(10_000, 1), (170, 2)], ids=["one pack", "two packs"])
 @pytest.mark.parametrize(
-    "old_shift", [0.0, 0.1, 0.5], ids=["ratio 1", "ratio inside the clip", "ratio beyond the clip"]
+    "old_shift",
+    [0.0, 0.1, -0.1, 0.5, -0.5],
+    ids=["ratio 1", "above 1", "below 1", "beyond the upper clip", "beyond the lower clip"],
 )
-def test_loss_and_every_gradient(models, groups, budget_rows, old_shift):
-    policy, reference = models
-    mine, packed_gradients = packed_loss(policy, reference, groups, old_shift, budget_rows), gradients(policy)
-    spelt, dense_gradients = dense_loss(policy, reference, groups, old_shift), gradients(policy)
-    assert mine == pytest.approx(spelt, abs=1e-12)
+def test_loss_and_every_gradient(builders, models, groups, old_shift, budget_rows, num_packs):
+    policy, _ = models
+    policy.zero_grad()
+    mine, packs = packed_loss(builders, models, groups, old_shift, budget_rows)
+    packed_gradients = taken_gradients(policy)
+    spelt, dense_gradients = dense_loss(models, groups, old_shift), taken_gradients(policy)
+    assert packs == num_packs
+    assert mine == pytest.approx(spelt, rel=0, abs=1e-9)
     assert packed_gradients.keys() == policy.trainable_parameters().keys()
     for name, gradient in dense_gradients.items():
-        assert gradient.abs().max() > 0 or old_shift == 0.5, f"{name} gets no gradient"
+        assert gradient.abs().max() > 1e-7, f"{name} gets no gradient to compare"
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=1e-9, msg=name)

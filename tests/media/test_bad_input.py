@@ -19,8 +19,9 @@ FASTSTART = {"movflags": "faststart"}
 ClipFile = Callable[..., Path]
 
 
-def _decode_one(path: Path, wanted=BOTH, **window: float) -> DecodedClip:
-    return decode([Clip(path=path, **window)], [wanted], SamplingConfig(), num_workers=1)[0]
+def _decode_one(path: Path, wanted=BOTH, min_frames: int = 2, /, **window: float) -> DecodedClip:
+    sampling = SamplingConfig(min_frames=min_frames)
+    return decode([Clip(path=path, **window)], [wanted], sampling, num_workers=1)[0]
 
 
 def _assert_dropped(clip: DecodedClip, status: ClipStatus, *words: str):
@@ -180,6 +181,29 @@ def test_a_window_without_content(clip_file: ClipFile, start: float, end: float)
     _assert_dropped(
         _decode_one(path, ("audio",), **window), ClipStatus.NO_AUDIO, "has no sound in the window"
     )
+
+
+@pytest.mark.parametrize("name", ["one.mp4", "one.avi"])
+def test_one_frame_is_too_short_for_a_video(clip_file: ClipFile, name: str):
+    path = clip_file(name, num_frames=1, tone_seconds=0.1, audio_codec="mp3")
+    clip = _decode_one(path)
+    _assert_dropped(clip, ClipStatus.TOO_SHORT)
+    assert clip.error == (
+        f"{path} has 1 video frame, media.min_frames asks for at least 2: set it to 1 to repeat the frame, "
+        "as the reference does"
+    )
+    assert _decode_one(path, ("audio",)).status is ClipStatus.OK
+
+
+def test_the_frames_of_the_window_are_the_ones_that_count(clip_file: ClipFile):
+    path = clip_file()
+    window = {"start_seconds": 1.0, "end_seconds": 1.12}
+    dropped = _decode_one(path, ("video",), 4, **window)
+    _assert_dropped(
+        dropped, ClipStatus.TOO_SHORT, "has 3 video frames in the window from 1 s to 1.12 s", "at least 4",
+        "set it to 3",
+    )  # fmt: skip
+    assert _decode_one(path, ("video",), 3, **window).status is ClipStatus.OK
 
 
 def test_one_bad_clip_does_not_disturb_its_batch(clip_file: ClipFile, tmp_path: Path):

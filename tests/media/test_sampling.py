@@ -37,5 +37,7 @@ def test_nothing_to_choose_from_is_an_error(num_frames: int, num_wanted: int):
 def test_a_config_names_what_is_wrong_with_it():
     with pytest.raises(ValueError, match=r"sampling\.num_frames must be at least 1, got 0"):
         SamplingConfig(num_frames=0)
+    with pytest.raises(ValueError, match=r"sampling\.min_frames must be at least 1, got 0"):
+        SamplingConfig(min_frames=0)
     with pytest.raises(ValueError, match=r"sampling\.frame_policy must be 'uniform', got 'dense'"):
         SamplingConfig(frame_policy="dense")  # type: ignore[arg-type]

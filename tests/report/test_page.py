@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from omnigrpo.metrics import MetricsLog
+from omnigrpo.report.header import header
 from omnigrpo.report.inputs import load_run
 from omnigrpo.report.page import write_report
 
@@ -173,7 +174,7 @@ def test_an_evaluation_alone_makes_a_page(tmp_path: Path, write_run: WriteRun) -
     (only / "grpo_ood.json").write_bytes((run / "evaluations" / "grpo_ood.json").read_bytes())
     parsed, _ = report(only.parent)
     assert "metrics.jsonl holds no step" in parsed.text
-    assert "No evaluation cold_start_ood.json" in parsed.text
+    assert "Only GRPO was evaluated on this split" in parsed.text
     assert parsed.tags["svg"] == 2
 
 
@@ -193,7 +194,67 @@ def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_drawn(
     ):
         assert name in parsed.text
     assert "rollouts.jsonl:1 holds '[]', not a JSON object" in parsed.text
-    assert "No evaluation grpo_ood.json" in parsed.text
+    assert "Only cold start was evaluated on this split" in parsed.text
+
+
+def copy_stage(run: Path, directory: Path, stages: dict[str, str], split: str = "heldout") -> Path:
+    """A run directory with evaluations of ``run`` alone, each under another stage's name."""
+    (directory / "evaluations").mkdir(parents=True, exist_ok=True)
+    for old, new in stages.items():
+        data = json.loads((run / "evaluations" / f"{old}_{split}.json").read_text()) | {"stage": new}
+        (directory / "evaluations" / f"{new}_{split}.json").write_text(json.dumps(data))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("stages", "order", "compared"),
+    [
+        (("grpo", "cold_start", "base"), ["base", "cold_start", "grpo"], ["cold_start", "grpo"]),
+        (("cold_start", "base"), ["base", "cold_start"], ["base", "cold_start"]),
+        (("grpo", "base"), ["base", "grpo"], ["base", "grpo"]),
+        (("eval", "cold_start"), ["cold_start", "eval"], ["cold_start", "eval"]),
+        (("later", "eval", "other"), ["eval", "later", "other"], ["eval", "other"]),
+        (("eval",), ["eval"], ["eval"]),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
+)
+def test_two_stages_are_compared_whatever_they_are(
+    tmp_path: Path, write_run: WriteRun, stages: tuple[str, ...], order: list[str], compared: list[str]
+) -> None:
+    whole = write_run(tmp_path / "whole", 1)
+    directory = tmp_path / "run"
+    for stage in stages:
+        copy_stage(whole, directory, {"grpo": stage})
+    run = load_run(directory)
+    assert [evaluation.stage for evaluation in run.evaluations] == order
+    assert [evaluation.stage for evaluation in run.compared("heldout")] == compared
+    parsed, _ = report(directory)
+    assert parsed.tags["svg"] == len(compared) + 1
+    assert ("Only eval was evaluated on this split" in parsed.text) == (len(compared) == 1)
+
+
+def test_every_stage_is_in_the_table_of_results(tmp_path: Path, write_run: WriteRun) -> None:
+    run = write_run(tmp_path / "run", 1)
+    copy_stage(run, run, {"cold_start": "base"})
+    _, html = report(run)
+    table = html[html.index('id="results"') : html.index('id="curves"')]
+    stages = re.findall(r"<td[^>]*>(base|cold start|GRPO|change)</td>", table)
+    assert stages == ["base", "cold start", "GRPO", "change", "change", "cold start", "GRPO", "change"]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"reward/mean": 0.5, "loss": 0.1}, "7 steps of GRPO"),
+        ({"loss": 0.1}, "7 steps of supervised training"),
+    ],
+)
+def test_the_header_says_what_kind_of_training_it_was(
+    tmp_path: Path, metrics: dict[str, float], words: str
+) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.log(7, metrics)
+    assert f">{words}<" in header(load_run(tmp_path))
 
 
 def test_a_rollout_line_without_its_fields_is_named(tmp_path: Path, write_run: WriteRun) -> None:

@@ -96,11 +96,46 @@ def test_a_name_that_leads_nowhere_says_what_exists(name: str, message: str) -> 
         rewards(RewardTerm(name=name))
 
 
-def test_a_file_that_does_not_compile_names_the_file(tmp_path: Path) -> None:
+FAILING_SOURCES = pytest.mark.parametrize(
+    ("source", "line", "kind"),
+    [
+        ("import math\n\nLIMIT = undefined\n", 3, NameError),
+        ("LIMIT = 1 + 'a'\n", 1, TypeError),
+        ("import json\nTABLE = json.loads('{')\n", 2, ValueError),
+        ("def build():\n    return [][0]\n\n\nTABLE = build()\n", 2, IndexError),
+        ("\nimport no_such_package_of_mine\n", 2, ImportError),
+        ("\n\ndef mine(group:\n", 3, SyntaxError),
+    ],
+    ids=["name", "type", "in a library", "in a function", "import", "syntax"],
+)
+
+
+@FAILING_SOURCES
+def test_a_file_that_fails_to_load_is_named_with_the_line_and_the_exception(
+    tmp_path: Path, source: str, line: int, kind: type[Exception]
+) -> None:
     path = tmp_path / "broken.py"
-    path.write_text("def mine(group:\n")
-    with pytest.raises(ValueError, match=r"cannot load .*broken\.py \(SyntaxError"):
+    path.write_text(source)
+    modules = set(sys.modules)
+    with pytest.raises(ValueError, match=rf"cannot load .*broken\.py, line {line} \(\w+Error: ") as caught:
         rewards(RewardTerm(name=f"{path}:mine"))
+    assert isinstance(caught.value.__cause__, kind)
+    assert type(caught.value.__cause__).__name__ in str(caught.value)
+    assert not [name for name in set(sys.modules) - modules if name.startswith("omnigrpo_user_reward")]
+
+
+@FAILING_SOURCES
+def test_a_module_that_fails_to_load_is_named_with_the_line_and_the_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, line: int, kind: type[Exception]
+) -> None:
+    package = tmp_path / "broken_rewards_package"
+    package.mkdir()
+    (package / "rules.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=rf"cannot load .*rules\.py, line {line} \(\w+Error: ") as caught:
+        rewards(RewardTerm(name="broken_rewards_package.rules:mine"))
+    assert isinstance(caught.value.__cause__, kind)
+    sys.modules.pop("broken_rewards_package", None)
 
 
 def test_configs_that_cannot_be_summed_are_refused() -> None:

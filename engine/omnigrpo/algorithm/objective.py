@@ -31,13 +31,29 @@ class ObjectiveConfig:
     max_importance_weight: float | None = None
     """Cap of the train/rollout importance weight of a token; None leaves the mismatch uncorrected."""
 
+    def __post_init__(self) -> None:
+        """Reject switches that no objective has."""
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError(
+                f"objective.clip_low must be in [0, 1] and clip_high >= 0, got {self.clip_low} and {self.clip_high}"
+            )
+        if self.kl_coefficient < 0:
+            raise ValueError(
+                f"objective.kl_coefficient must be >= 0, got {self.kl_coefficient}; 0 turns the KL off"
+            )
+        if self.max_importance_weight is not None and not self.max_importance_weight > 0:
+            raise ValueError(
+                f"objective.max_importance_weight must be > 0, got {self.max_importance_weight}; leave it out for none"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenTerms:
     """Per-token parts of the objective, float, ``[C]`` each."""
 
     loss_C: Tensor
-    kl_C: Tensor
+    kl_C: Tensor | None
+    """None without a reference."""
     ratio_C: Tensor
     clipped_C: Tensor
     """bool: the clip binds, so the token's policy gradient is zero."""
@@ -99,8 +115,10 @@ def token_terms(
     surrogate_C = torch.where(clipped_C, bounded_C, free_C)
     if config.max_importance_weight is not None:
         surrogate_C = surrogate_C * torch.exp(old_C - rollout_C).clamp(max=config.max_importance_weight)
-    kl_C = torch.zeros_like(logprob_C)
+    loss_C = -surrogate_C - config.entropy_coefficient * entropy_C
+    kl_C = None
     if reference_C is not None:
         kl_C = kl_penalty(logprob_C, reference_C, config.kl_estimator)
-    loss_C = -surrogate_C + config.kl_coefficient * kl_C - config.entropy_coefficient * entropy_C
-    return TokenTerms(loss_C=loss_C, kl_C=kl_C.detach(), ratio_C=ratio_C.detach(), clipped_C=clipped_C)
+        loss_C = loss_C + config.kl_coefficient * kl_C
+        kl_C = kl_C.detach()
+    return TokenTerms(loss_C=loss_C, kl_C=kl_C, ratio_C=ratio_C.detach(), clipped_C=clipped_C)

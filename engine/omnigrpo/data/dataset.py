@@ -37,7 +37,8 @@ def read_dataset(path: Path, style: PromptStyle, *, media_root: Path | None = No
     ``<answer>`` tag, which then also is the prompt's response.
 
     Raises:
-        DatasetError: unreadable JSON, an empty list, or an item with a missing or malformed field.
+        DatasetError: unreadable JSON, an empty list, an item with a missing or malformed field, or an id that
+            two items have.
     """
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
@@ -50,9 +51,11 @@ def read_dataset(path: Path, style: PromptStyle, *, media_root: Path | None = No
     if not isinstance(items, list) or not items:
         raise DatasetError(f"dataset {path} must be a non-empty JSON list, got {_kind(items)}")
     root = media_root if media_root is not None else path.parent
-    return tuple(
+    prompts = tuple(
         _prompt(item, f"{path}, item {index}", index, root, style) for index, item in enumerate(items)
     )
+    _check_ids(prompts, path)
+    return prompts
 
 
 def check_responses(prompts: Sequence[Prompt], path: Path) -> None:
@@ -62,6 +65,17 @@ def check_responses(prompts: Sequence[Prompt], path: Path) -> None:
             raise DatasetError(
                 f"{path}, item {index}: supervised training needs a gpt text with <think> and <answer> tags, "
                 f"got the bare label {prompt.solution!r}; use a cold-start file, or `omnigrpo train` for labels"
+            )
+
+
+def _check_ids(prompts: Sequence[Prompt], path: Path) -> None:
+    first: dict[str, int] = {}
+    for index, prompt in enumerate(prompts):
+        before = first.setdefault(prompt.prompt_id, index)
+        if before != index:
+            raise DatasetError(
+                f"{path}, items {before} and {index}: both have the id {prompt.prompt_id!r}; give each item an id "
+                "of its own, or no item an id"
             )
 
 
@@ -108,6 +122,10 @@ def _turns(item: dict[str, object], where: str) -> tuple[str, str]:
 
 def _split_tags(human: str, where: str) -> tuple[str, tuple[Modality, ...]]:
     modalities: tuple[Modality, ...] = tuple(modality for tag, modality in _TAGS.items() if tag in human)
+    if not modalities:
+        raise DatasetError(
+            f"{where}: names a clip but its question asks for no modality: add <video> or <audio> to the human turn"
+        )
     for tag in _TAGS:
         human = human.replace(tag, "")
     if not human.strip():

@@ -28,7 +28,8 @@ def evaluate(
 
     ``prefixes`` may be a generator: ``batch_size`` of them are held at a time. ``sampling`` gives the limits;
     its temperature, top-k and top-p are ignored. ``detokenize`` leaves special tokens out. ``on_batch`` is
-    told the number of prompts answered so far. A generator may add to ``dropped`` (a list) while it runs.
+    told the number of prompts answered so far. ``dropped`` is read after the last prefix only, so a generator
+    may go on filling it (a list) while its prefixes are consumed.
 
     Raises ValueError when there is no prompt left to answer.
     """

@@ -55,7 +55,7 @@ def _decode_file(
         if "video" in wanted:
             if tracks.video is None or not tracks.video.packets:
                 raise ClipError(ClipStatus.NO_VIDEO, "has no video stream, but its prompt asks for video")
-            frames = decode_frames(tracks.video, tracks.window, sampling.num_frames)
+            frames = decode_frames(tracks.video, tracks.window, sampling)
         if "audio" in wanted:
             if tracks.audio is None or not tracks.audio.packets:
                 raise ClipError(ClipStatus.NO_AUDIO, "has no audio stream, but its prompt asks for audio")

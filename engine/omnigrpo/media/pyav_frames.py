@@ -13,7 +13,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from omnigrpo.media.pyav_tracks import ClipError, Track, Window
-from omnigrpo.media.sampling import uniform_frame_indices
+from omnigrpo.media.sampling import SamplingConfig, uniform_frame_indices
 from omnigrpo.schema import ClipStatus
 
 
@@ -21,33 +21,33 @@ class _OutOfStepError(Exception):
     """The decoder's frames are not the shown packets one for one, so time stamps cannot choose frames."""
 
 
-def decode_frames(track: Track[VideoStream], window: Window, num_wanted: int) -> Tensor:
-    """Return uint8 RGB ``[num_wanted, height, width, 3]``, turned upright as the file's rotation says.
+def decode_frames(track: Track[VideoStream], window: Window, sampling: SamplingConfig) -> Tensor:
+    """Return uint8 RGB ``[sampling.num_frames, height, width, 3]``, turned upright as the file's rotation says.
 
     Colour follows the stream's own tag (BT.601 without one) with swscale's default chroma filter.
 
     Raises:
-        ClipError: NO_VIDEO without a frame in the window, CORRUPT when a frame up to the last wanted one is
-            damaged or the resolution changes.
+        ClipError: NO_VIDEO without a frame in the window, TOO_SHORT with fewer than ``sampling.min_frames``,
+            CORRUPT when a frame up to the last wanted one is damaged or the resolution changes.
     """
     track.stream.codec_context.thread_type = "NONE"
     try:
         try:
-            chosen = _by_time_stamp(track, window, num_wanted)
+            chosen = _by_time_stamp(track, window, sampling)
         except _OutOfStepError:
-            chosen = _by_counting(track, window, num_wanted)
+            chosen = _by_counting(track, window, sampling)
     except FFmpegError as error:
         raise ClipError(ClipStatus.CORRUPT, f"is corrupt: {error.strerror} while decoding video") from error
     return torch.from_numpy(np.stack(chosen))
 
 
-def _by_time_stamp(track: Track[VideoStream], window: Window, num_wanted: int) -> list[np.ndarray]:
+def _by_time_stamp(track: Track[VideoStream], window: Window, sampling: SamplingConfig) -> list[np.ndarray]:
     """Choose from the packets' time stamps, then decode once from the keyframe before the first choice."""
     shown = [packet.pts for packet in track.packets if not packet.is_discard]
     stamps = sorted(pts for pts in shown if pts is not None)
     if len(set(stamps)) != len(shown):
         raise _OutOfStepError
-    wanted = _choose([pts for pts in stamps if pts * track.time_base in window], num_wanted, window)
+    wanted = _choose([pts for pts in stamps if pts * track.time_base in window], window, sampling)
     packets, first_pts = _from_keyframe(track.packets, wanted[0])
     expected = iter(stamps[stamps.index(first_pts) :] if first_pts is not None else stamps)
     images: dict[int, np.ndarray] = {}
@@ -63,14 +63,14 @@ def _by_time_stamp(track: Track[VideoStream], window: Window, num_wanted: int) -
     raise _OutOfStepError
 
 
-def _by_counting(track: Track[VideoStream], window: Window, num_wanted: int) -> list[np.ndarray]:
+def _by_counting(track: Track[VideoStream], window: Window, sampling: SamplingConfig) -> list[np.ndarray]:
     """Decode everything to count the frames in the window, then again to take the chosen ones.
 
     For AVI, raw streams and others whose packets lack time stamps, repeat them, or outnumber the frames.
     """
     stamps = [frame.pts for frame in _decode(track.stream, track.packets)]
     seconds = _frame_seconds(track, window, stamps)
-    wanted = _choose([ordinal for ordinal, at in enumerate(seconds) if at in window], num_wanted, window)
+    wanted = _choose([ordinal for ordinal, at in enumerate(seconds) if at in window], window, sampling)
     images: dict[int, np.ndarray] = {}
     for ordinal, frame in enumerate(_decode(track.stream, track.packets)):
         if ordinal in wanted:
@@ -91,10 +91,19 @@ def _frame_seconds(
     return [window.origin_seconds + float(ordinal / rate) for ordinal in range(len(stamps))]
 
 
-def _choose(candidates: Sequence[int], num_wanted: int, window: Window) -> list[int]:
+def _choose(candidates: Sequence[int], window: Window, sampling: SamplingConfig) -> list[int]:
+    count = len(candidates)
     if not candidates:
         raise ClipError(ClipStatus.NO_VIDEO, f"has no video frame in {window}")
-    return [candidates[index] for index in uniform_frame_indices(len(candidates), num_wanted)]
+    if count < sampling.min_frames:
+        frames, repeated = ("frame", "the frame") if count == 1 else ("frames", "frames")
+        whole = window.start_seconds is None and window.end_seconds is None
+        raise ClipError(
+            ClipStatus.TOO_SHORT,
+            f"has {count} video {frames}{'' if whole else f' in {window}'}, media.min_frames asks for at least "
+            f"{sampling.min_frames}: set it to {count} to repeat {repeated}, as the reference does",
+        )
+    return [candidates[index] for index in uniform_frame_indices(count, sampling.num_frames)]
 
 
 def _from_keyframe(packets: list[Packet], pts: int) -> tuple[list[Packet], int | None]:

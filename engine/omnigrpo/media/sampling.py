@@ -12,13 +12,15 @@ class SamplingConfig:
 
     num_frames: int = 8
     """Frames per clip."""
+    min_frames: int = 2
+    """Frames that a clip asked for video must have within its window; 1 lets one frame be repeated."""
     frame_policy: FramePolicy = "uniform"
     """uniform: the middles of equal segments of the frame list, see ``uniform_frame_indices``."""
     sample_rate_hz: int = 16_000
     """Rate of the mono waveform."""
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "sample_rate_hz"):
+        for name in ("num_frames", "min_frames", "sample_rate_hz"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"sampling.{name} must be at least 1, got {value}")

@@ -186,7 +186,8 @@ class HumanOmni(nn.Module):
 
     def _stack(self, features: Sequence[Tensor | None]) -> Tensor:
         """Stack in the projectors' dtype, on the model's device."""
-        return torch.stack([f for f in features if f is not None]).to(self.device, self.head_weight_VD.dtype)
+        dtype = self.head_weight_VD.dtype
+        return torch.stack([f.to(self.device, dtype) for f in features if f is not None])
 
 
 def reference_copy(model: HumanOmni) -> HumanOmni:

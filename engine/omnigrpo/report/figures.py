@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from omnigrpo.metrics import Metric
+from omnigrpo.metrics import EVALUATIONS_DIRECTORY, METRICS_FILE, Metric
 from omnigrpo.report.charts import Line, draw_confusion, draw_curves
 from omnigrpo.report.html import percent
 from omnigrpo.report.inputs import AFTER_STAGE, BEFORE_STAGE, RunData, load_run
@@ -25,7 +25,7 @@ def summary_picture(run_dir: Path, path: Path) -> None:
     """
     run = load_run(run_dir)
     if not run.metrics:
-        raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no step: train first")
+        raise ValueError(f"{run_dir / METRICS_FILE} holds no step: train first")
     split = _split(run)
     with chart_style(LIGHT, {"axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 8}):
         figure = Figure(figsize=(13, 5.9), layout="constrained", facecolor=LIGHT.panel)
@@ -44,7 +44,7 @@ def _split(run: RunData) -> str:
         if run.evaluation(BEFORE_STAGE, split) and run.evaluation(AFTER_STAGE, split):
             return split
     raise ValueError(
-        f"{run.directory / 'evaluations'} holds no split that was evaluated both as {BEFORE_STAGE} "
+        f"{run.directory / EVALUATIONS_DIRECTORY} holds no split that was evaluated both as {BEFORE_STAGE} "
         f"and {AFTER_STAGE}; evaluate the model before and after training"
     )
 

@@ -6,7 +6,7 @@ from html import escape
 
 from omnigrpo.metrics import Metric
 from omnigrpo.report.html import details, missing, percent
-from omnigrpo.report.inputs import AFTER_STAGE, BEFORE_STAGE, RunData
+from omnigrpo.report.inputs import RunData
 from omnigrpo.report.results import split_name
 
 _LAST_STEPS = 10
@@ -19,25 +19,30 @@ _SHOWN_KEYS = (
 
 def header(run: RunData) -> str:
     """Title, final figures, the configuration in short and in full."""
-    steps = f"{run.metrics[-1]['step']} steps of GRPO" if run.metrics else "no training steps"
     tiles = "".join(
         f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for value, label in _figures(run)
     )
     problems = "".join(f'<p class="problem">{escape(problem)}</p>' for problem in run.problems)
     return (
         f'<header id="header"><h1>{escape(run.directory.resolve().name)}</h1>'
-        f'<p class="sub">{steps}</p>{problems}'
+        f'<p class="sub">{_steps(run)}</p>{problems}'
         f'<div class="tiles">{tiles}</div>{_configuration(run)}{_summary(run)}</header>'
     )
+
+
+def _steps(run: RunData) -> str:
+    if not run.metrics:
+        return "no training steps"
+    training = "GRPO" if Metric.REWARD in run.names() else "supervised training"
+    return f"{run.metrics[-1]['step']} steps of {training}"
 
 
 def _figures(run: RunData) -> Iterator[tuple[str, str]]:
     """Value and label of each tile, as HTML."""
     for split in run.splits:
-        after, before = run.evaluation(AFTER_STAGE, split), run.evaluation(BEFORE_STAGE, split)
-        if after is not None:
-            from_text = f", from {percent(before.alias.war)}" if before is not None else ""
-            yield f"{percent(after.alias.war)} %", f"accuracy, {escape(split_name(split))}{from_text}"
+        *before, after = run.compared(split)
+        from_text = f", from {percent(before[0].alias.war)}" if before else ""
+        yield f"{percent(after.alias.war)} %", f"accuracy, {escape(split_name(split))}{from_text}"
     for name, label, form in (
         (Metric.REWARD, "reward", "{:.2f}"),
         (Metric.SAMPLES_PER_SECOND, "samples per second", "{:.1f}"),

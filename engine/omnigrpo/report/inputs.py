@@ -4,8 +4,8 @@
     RUN/rollouts.jsonl              some sampled groups, see ``omnigrpo.metrics.RolloutRecord``
     RUN/dropped.jsonl               prompts that left their step, see ``omnigrpo.metrics.DroppedRecord``
     RUN/config.toml or config.json  the resolved configuration
-    RUN/evaluations/*.json          one ``EvaluationReport`` each, named ``<stage>_<split>.json``; the stages
-                                    set side by side are ``cold_start`` and ``grpo``
+    RUN/evaluations/*.json          one ``EvaluationReport`` each, named ``<stage>_<split>.json``; stages are
+                                    ``base``, ``cold_start``, ``grpo`` in this order, then any other
     RUN/summary.json                figures that the run itself reports
 
 Any of them may be missing, but not all.
@@ -19,6 +19,7 @@ from pathlib import Path
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
 from omnigrpo.metrics import (
     DROPPED_FILE,
+    EVALUATIONS_DIRECTORY,
     METRICS_FILE,
     ROLLOUTS_FILE,
     DroppedRecord,
@@ -27,11 +28,11 @@ from omnigrpo.metrics import (
 )
 
 CONFIG_FILES = ("config.toml", "config.json")
-EVALUATIONS_DIRECTORY = "evaluations"
 SUMMARY_FILE = "summary.json"
+BASE_STAGE = "base"
 BEFORE_STAGE = "cold_start"
 AFTER_STAGE = "grpo"
-_STAGE_ORDER = (BEFORE_STAGE, AFTER_STAGE)
+_STAGE_ORDER = (BASE_STAGE, BEFORE_STAGE, AFTER_STAGE)
 _SPLIT_ORDER = ("heldout", "held_out", "ood")
 
 
@@ -61,6 +62,17 @@ class RunData:
         """The report of one stage on one split."""
         found = (report for report in self.evaluations if (report.stage, report.split) == (stage, split))
         return next(found, None)
+
+    def compared(self, split: str) -> tuple[EvaluationReport, ...]:
+        """The one or two reports of a split to set side by side, the earlier stage first.
+
+        Those of ``cold_start`` and ``grpo`` when both are there, else those of the first and the last stage.
+        """
+        before, after = self.evaluation(BEFORE_STAGE, split), self.evaluation(AFTER_STAGE, split)
+        if before is not None and after is not None:
+            return before, after
+        reports = [report for report in self.evaluations if report.split == split]
+        return (reports[0], reports[-1]) if len(reports) > 1 else tuple(reports)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one scalar; steps without the scalar are left out, null is NaN."""

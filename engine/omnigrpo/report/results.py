@@ -12,12 +12,14 @@ from omnigrpo.evaluate.emotion_metrics import EmotionMetrics
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
 from omnigrpo.report.charts import draw_confusion, draw_recalls
 from omnigrpo.report.html import Cell, Markup, figure, missing, percent, section, table
-from omnigrpo.report.inputs import AFTER_STAGE, BEFORE_STAGE, RunData
+from omnigrpo.report.inputs import AFTER_STAGE, BASE_STAGE, BEFORE_STAGE, RunData
 from omnigrpo.report.theme import VARIABLES, chart_style, svg
 
-_STAGES = {"cold_start": "cold start", "grpo": "GRPO"}
+_STAGES = {BASE_STAGE: "base", BEFORE_STAGE: "cold start", AFTER_STAGE: "GRPO"}
 _SPLITS = {"heldout": "held-out", "held_out": "held-out", "ood": "out of distribution"}
 _NO_EVALUATIONS = "evaluations/ holds no report: the run has not been evaluated (`omnigrpo eval` does it)."
+_EARLIER_KEY = "border:2px solid var(--orange);border-radius:50%"
+_LATER_KEY = "background:var(--blue);border-radius:50%"
 
 
 def stage_name(stage: str) -> str:
@@ -51,7 +53,7 @@ def results_section(run: RunData) -> str:
 
 
 def confusion_section(run: RunData) -> str:
-    """Confusion matrices of each split before and after GRPO."""
+    """Confusion matrices of each split, of the two stages compared."""
     if not run.evaluations:
         return section("confusion", "Confusion matrices", missing(_NO_EVALUATIONS))
     body = "".join(
@@ -63,14 +65,10 @@ def confusion_section(run: RunData) -> str:
 
 
 def recalls_section(run: RunData) -> str:
-    """Recall of each class before and after GRPO, and of the pairs that need one modality."""
+    """Recall of each class at the two stages compared, and of the pairs that need one modality."""
     if not run.evaluations:
         return section("recalls", "Recall by class", missing(_NO_EVALUATIONS))
-    legend = [
-        (stage_name(BEFORE_STAGE), "border:2px solid var(--orange);border-radius:50%"),
-        (stage_name(AFTER_STAGE), "background:var(--blue);border-radius:50%"),
-    ]
-    figures = "".join(_recall_figure(run, split, legend) for split in run.splits)
+    figures = "".join(_recall_figure(run, split) for split in run.splits)
     return section("recalls", "Recall by class", f'<div class="pairs">{figures}</div>{_pairs(run)}')
 
 
@@ -110,17 +108,11 @@ def _with_error(value: float, error: float) -> Markup:
 
 
 def _side_by_side(run: RunData, split: str, draw: Callable[[EvaluationReport], str]) -> str:
-    parts = []
-    for stage in (BEFORE_STAGE, AFTER_STAGE):
-        report = run.evaluation(stage, split)
-        name = f"{stage}_{split}.json"
-        absent = f"No evaluation {name}: the {stage_name(stage)} model was not evaluated on this split."
-        parts.append(draw(report) if report else missing(absent))
-    parts += [
-        draw(report)
-        for report in run.evaluations
-        if report.split == split and report.stage not in (BEFORE_STAGE, AFTER_STAGE)
-    ]
+    reports = run.compared(split)
+    parts = [draw(report) for report in reports]
+    if len(reports) == 1:
+        stage = stage_name(reports[0].stage)
+        parts.append(missing(f"Only {stage} was evaluated on this split: there is nothing to compare with."))
     return f'<div class="pairs">{"".join(parts)}</div>'
 
 
@@ -138,21 +130,22 @@ def _confusion_figure(report: EvaluationReport) -> str:
     )
 
 
-def _recall_figure(run: RunData, split: str, legend: list[tuple[str, str]]) -> str:
-    before, after = run.evaluation(BEFORE_STAGE, split), run.evaluation(AFTER_STAGE, split)
-    if before is None and after is None:
-        return ""
-    recalls = [report.alias.recalls if report else {} for report in (before, after)]
+def _recall_figure(run: RunData, split: str) -> str:
+    *before, after = run.compared(split)
+    earlier = before[0].alias.recalls if before else {}
     title = f"Recall, {split_name(split)}"
-    height = 0.3 * len({*recalls[0], *recalls[1]}) + 0.7
+    height = 0.3 * len({*earlier, *after.alias.recalls}) + 0.7
     picture = _picture(
         (4.3, height),
         f"recall-{split}",
         title,
-        lambda axes: draw_recalls(axes, recalls[0], recalls[1], VARIABLES),
+        lambda axes: draw_recalls(axes, earlier, after.alias.recalls, VARIABLES),
     )
     return figure(
-        title, picture, [key for key, report in zip(legend, (before, after), strict=True) if report]
+        title,
+        picture,
+        [(stage_name(report.stage), _EARLIER_KEY) for report in before]
+        + [(stage_name(after.stage), _LATER_KEY)],
     )
 
 

@@ -38,7 +38,8 @@ def clip_frames(clips: Sequence[Clip], *, num_frames: int) -> tuple[Frames, ...]
     if not clips:
         return ()
     video: tuple[Modality, ...] = ("video",)
-    decoded = decode(clips, [video] * len(clips), SamplingConfig(num_frames=num_frames))
+    sampling = SamplingConfig(num_frames=num_frames, min_frames=1)
+    decoded = decode(clips, [video] * len(clips), sampling)
     return tuple(
         Frames(images=_images(clip.frames_FHWC.numpy()), error=None)
         if clip.status is ClipStatus.OK and clip.frames_FHWC is not None

@@ -39,8 +39,12 @@ def curves_section(run: RunData) -> str:
 
 def time_section(run: RunData) -> str:
     """Seconds per phase, stacked over the steps, and their means."""
-    names = [name.removeprefix(SECONDS_PREFIX) for name in run.names() if name.startswith(SECONDS_PREFIX)]
-    phases = [name for name in names if name != "step" and not name.startswith(OVERLAPPED_PREFIX)]
+    names = [
+        name.removeprefix(SECONDS_PREFIX)
+        for name in run.names()
+        if name.startswith(SECONDS_PREFIX) and name != Metric.STEP_SECONDS
+    ]
+    phases = [name for name in names if not name.startswith(OVERLAPPED_PREFIX)]
     if not phases:
         return section("time", "Time per phase", missing("The run logged no seconds per phase."))
     fills = phase_fills(VARIABLES)

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -66,11 +67,15 @@ def _user_function(name: str) -> Reward:
 def _module(dotted: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(dotted)
-    except ImportError as error:
-        raise ValueError(
-            f"reward {name!r}: cannot import {dotted!r} ({error}); check the spelling, or give the file "
-            "as 'path/to/file.py:function'"
-        ) from error
+    # What runs here is the user's code: whatever it raises is passed on as the cause, with its place.
+    except Exception as error:
+        place = _place(error)
+        if place is None:
+            raise ValueError(
+                f"reward {name!r}: cannot import {dotted!r} ({error}); check the spelling, or give the file "
+                "as 'path/to/file.py:function'"
+            ) from error
+        raise ValueError(f"reward {name!r}: cannot load {place} ({type(error).__name__}: {error})") from error
 
 
 def _module_of_file(path: Path, name: str) -> ModuleType:
@@ -88,7 +93,25 @@ def _module_of_file(path: Path, name: str) -> ModuleType:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
+    # What runs here is the user's code: whatever it raises is passed on as the cause, with its place.
+    except Exception as error:
         del sys.modules[module_name]
-        raise ValueError(f"reward {name!r}: cannot load {path} ({type(error).__name__}: {error})") from error
+        place = _place(error) or path
+        raise ValueError(f"reward {name!r}: cannot load {place} ({type(error).__name__}: {error})") from error
     return module
+
+
+def _place(error: Exception) -> str | None:
+    """File and line of the user's top-level code that failed to run; None when none of it did run or parse."""
+    importers = (__file__, importlib.__file__)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in importers and not frame.filename.startswith("<frozen importlib")
+    ]
+    if frames:
+        line = next(frame.lineno for frame in reversed(frames) if frame.filename == frames[0].filename)
+        return f"{frames[0].filename}, line {line}"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    return None

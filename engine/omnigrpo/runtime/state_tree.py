@@ -74,7 +74,10 @@ def _decode(structure: object, tensors: dict[str, Tensor]) -> StateValue:
 
 
 def capture_rng() -> State:
-    """The state of every global generator: torch's on the CPU and each CUDA device, and Python's."""
+    """The state of torch's default generators (the CPU's and each CUDA device's) and of Python's ``random``.
+
+    No other generator is captured: not NumPy's, and no ``torch.Generator`` of a component.
+    """
     version, words, gauss = random.getstate()
     return {
         "torch_cpu": torch.get_rng_state(),
@@ -86,7 +89,7 @@ def capture_rng() -> State:
 
 
 def restore_rng(state: State) -> None:
-    """Put every generator back where ``capture_rng`` found it."""
+    """Put the generators of ``capture_rng`` back where it found them."""
     cuda_states = state["torch_cuda"]
     if len(cuda_states) != torch.cuda.device_count():
         raise ValueError(
