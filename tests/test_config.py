@@ -39,9 +39,7 @@ def test_defaults_survive_the_round_trip(tmp_path):
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text(
-        "model.path = 'base'\ndata.train = 't.json'\nrun = {output = 'r', steps = 5, seed = 2}\n"
-    )
+    file.write_text("model.path = 'base'\ndata.train = 't.json'\nrun = {output = 'r', steps = 5, seed = 2}\n")
     config = load_config(file, ["run.steps=6", "run.steps=7", "rollout.samples=4"])
     assert (config.run.steps, config.run.seed, config.rollout.samples) == (7, 2, 4)
 
@@ -57,7 +55,7 @@ def test_an_override_reaches_a_nested_section():
     [
         ("model.path='with two spaces'", "with two spaces"),
         ("model.path=with two spaces", "with two spaces"),
-        ("model.path='''it's \"here\"'''", "it's \"here\""),
+        ("model.path='''it's \"here\"'''", 'it\'s "here"'),
         ("model.path=it's here", "it's here"),
         ("model.path='a=b'", "a=b"),
         ("model.path = padded ", "padded"),

@@ -15,7 +15,9 @@ from omnigrpo.step_records import dropped_records, rollout_records
 class Steps:
     """A trainer that only counts: four groups and a dropped prompt a step; it raises at ``breaks_at``."""
 
-    def __init__(self, builders, spans: SpanRecorder, *, breaks_at: int = 0, error: type = ValueError) -> None:
+    def __init__(
+        self, builders, spans: SpanRecorder, *, breaks_at: int = 0, error: type = ValueError
+    ) -> None:
         self.steps_done = 0
         self._builders = builders
         self._spans = spans
@@ -45,11 +47,26 @@ def report(builders, step: int) -> StepReport:
 class Run:
     """One run in a directory, with its saves and how many steps each one found logged."""
 
-    def __init__(self, builders, directory: Path, **settings: int) -> None:
+    def __init__(
+        self,
+        builders,
+        directory: Path,
+        *,
+        steps: int,
+        save_every: int = 100,
+        log_rollouts_every: int = 10,
+        rollouts_logged: int = 2,
+    ) -> None:
         self.directory = directory
         self.spans = SpanRecorder()
         self.builders = builders
-        self.config = LoopConfig(output=directory, **settings)
+        self.config = LoopConfig(
+            output=directory,
+            steps=steps,
+            save_every=save_every,
+            log_rollouts_every=log_rollouts_every,
+            rollouts_logged=rollouts_logged,
+        )
         self.saved: list[int] = []
         self.logged_at_save: list[int] = []
 

@@ -47,7 +47,6 @@ def same_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tolerance:
         torch.testing.assert_close(right[name], gradient, rtol=0, atol=tolerance, msg=name)
 
 
-
 def test_old_logprobs_stay_those_of_the_first_pass(builders, policy, prefixes):
     trainer = builders.trainer(policy, learning_rate=1e-2, iterations=2)
     groups = [builders.group(prefixes[0], [4, 3])]
@@ -84,7 +83,6 @@ def test_updates_leave_the_reference_alone(builders, policy, prefixes):
 def test_a_kl_term_needs_a_reference(builders, policy):
     with pytest.raises(ValueError, match="kl_coefficient"):
         builders.trainer(policy, objective=ObjectiveConfig(kl_coefficient=0.1))
-
 
 
 def test_an_update_raises_the_rewarded_and_lowers_the_punished(builders, policy, prefixes):
@@ -134,7 +132,6 @@ def test_a_step_without_usable_prompts_leaves_the_weights(builders, policy, pref
     assert (report.step, report.metrics[Metric.SAMPLES], report.metrics[Metric.DROPPED]) == (2, 0.0, 4.0)
 
 
-
 @pytest.mark.parametrize(
     ("form", "weights"),
     [
@@ -164,10 +161,7 @@ def test_each_token_carries_its_completions_advantage(builders, policy, prefixes
     groups = [builders.group(prefixes[0], [2, 1]), builders.group(prefixes[1], [1, 3])]
     (pack,) = trainer.build_packs(groups, [builders.rewards(4, 0), builders.rewards(0, 1)])
     first, second = (0.5**0.5, 0.5**0.5) if scale else (2.0, 0.5)
-    assert pack.advantage_C.tolist() == pytest.approx(
-        [first, first, -first, -second, second, second, second]
-    )
-
+    assert pack.advantage_C.tolist() == pytest.approx([first, first, -first, -second, second, second, second])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,19 +169,19 @@ class ThreadWorld(World):
     """One of two ranks that live in threads of this process."""
 
     shared: list
-    barrier: threading.Barrier
+    meeting: threading.Barrier
 
     def sum(self, tensor: Tensor) -> Tensor:
         self.shared[self.rank] = tensor
-        self.barrier.wait()
+        self.meeting.wait()
         total = self.shared[0] + self.shared[1]
-        self.barrier.wait()
+        self.meeting.wait()
         return total
 
     @classmethod
     def pair(cls) -> list["ThreadWorld"]:
-        shared, barrier = [None, None], threading.Barrier(2, timeout=60)
-        return [cls(rank=rank, size=2, shared=shared, barrier=barrier) for rank in range(2)]
+        shared, meeting = [None, None], threading.Barrier(2, timeout=60)
+        return [cls(rank=rank, size=2, shared=shared, meeting=meeting) for rank in range(2)]
 
 
 @pytest.mark.parametrize("form", ["grpo", "dapo", "dr_grpo"])
@@ -218,7 +212,6 @@ def test_ranks_share_out_the_prompts_of_a_step(builders, policy, prefixes):
     shares = [builders.trainer(policy, prefixes, world=World(rank=r, size=2)).batch(3) for r in range(2)]
     assert [len(share) for share in shares] == [2, 2]
     assert {prompt.prompt_id for share in shares for prompt in share} == set("abcd")
-
 
 
 def test_rollout_and_update_share_the_temperature(builders, prefixes):

@@ -1,11 +1,11 @@
 """The demo's chain in miniature: every stage, a few steps each."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
+from omnigrpo import demo
 from omnigrpo.data.synthetic.dataset import SyntheticConfig
 from omnigrpo.demo import DemoConfig, run_demo
 from omnigrpo.metrics import read_metrics
@@ -21,19 +21,36 @@ def output(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def summary(output) -> dict:
+    """A demo that is interrupted before its GRPO stage, and then started again."""
     sampling = ("rollout.samples=2", "rollout.max_new_tokens=12")
     config = DemoConfig(output=output, data=SMALL, cold_start=SHORT, grpo=(*SHORT, *sampling))
-    os.environ["OMP_NUM_THREADS"] = "1"
-    return run_demo(config)
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")
+        patched.setattr(demo, "run_grpo", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(config)
+        assert not (output / "summary.json").exists()
+        patched.undo()
+        patched.setenv("OMP_NUM_THREADS", "1")
+        return run_demo(config)
 
 
 def test_the_summary_is_what_was_written(summary, output):
     assert json.loads((output / "summary.json").read_text()) == json.loads(json.dumps(summary))
 
 
-@pytest.mark.parametrize("stage", ["cold_start", "grpo"])
+def test_a_demo_that_goes_on_repeats_no_step(summary, output):
+    for run in (output / "cold_start", output):
+        assert [step["step"] for step in read_metrics(run)] == [1, 2]
+
+
+@pytest.mark.parametrize("stage", ["base", "cold_start", "grpo"])
 @pytest.mark.parametrize("split", ["heldout", "ood"])
-def test_both_stages_are_evaluated_on_both_splits(summary, output, stage, split):
+def test_every_stage_is_evaluated_on_both_splits(summary, output, stage, split):
     figures = summary["evaluations"][stage][split]
     assert 0 <= figures["war"] <= figures["war_alias"] <= 1
     assert set(figures["audio_only_pair_recalls"]) == {"surprise/fear", "neutral/sad", "angry/disgust"}
