@@ -80,7 +80,7 @@ def run_steps(
                 progress.update(report.step, metrics)
                 samples += report.metrics[Metric.SAMPLES]
                 dropped += report.dropped
-                if report.step % config.save_every == 0 or report.step == config.steps:
+                if report.step % config.save_every == 0:
                     save(report.step)
                     saved = report.step
     finally:

@@ -73,7 +73,8 @@ class PrefixSource:
         self._sampling = SamplingConfig(
             num_frames=model.config.vision.num_frames, min_frames=config.min_frames
         )
-        self._recipe = f"{RECIPE_VERSION}/{tower_hash}/{model.config.vision}/{model.config.audio}/{config.aspect}/{config.min_frames}"
+        geometry = f"{model.config.vision}/{model.config.audio}"
+        self._recipe = f"{RECIPE_VERSION}/{tower_hash}/{geometry}/{config.aspect}/{config.min_frames}"
         self._cache = FeatureCache(config.cache_directory, config.cache_budget_mib * 2**20)
         self._known_hashes: dict[tuple[object, ...], str] = {}
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")

@@ -1,9 +1,10 @@
 """Builds a run from its configuration and drives it: supervised training, GRPO, evaluation."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,8 +103,8 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
             objective_config=config.objective,
             config=config.trainer,
         )
-        _drive(config, parts, trainer, optimizer, checkpoint, title="GRPO")
-        rollout.close()
+        with closing(rollout):
+            _drive(config, parts, trainer, optimizer, checkpoint, title="GRPO")
 
 
 def run_evaluation(
@@ -196,6 +197,7 @@ def _parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
+    random.seed(config.run.seed)
     loaded = _load(config, config.model.path if checkpoint is None else model_directory(checkpoint))
     loaded.model.configure_bert(trainable=config.model.train_bert)
     loaded.model.decoder.checkpoint_activations = config.model.checkpoint_activations

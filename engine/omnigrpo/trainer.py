@@ -163,10 +163,11 @@ class Trainer:
         for _ in range(self.config.iterations):
             packs = [self.accumulate(training_pack, metrics) for training_pack in packs]
             grad_norms.append(self.update())
-        self.steps_done += 1
         with self.spans.span(Phase.PUBLISH):
-            self.rollout.publish(self.steps_done)
-        return self.report(groups, rewards, batch.dropped, metrics, grad_norms)
+            self.rollout.publish(self.steps_done + 1)
+        report = self.report(groups, rewards, batch.dropped, metrics, grad_norms)
+        self.steps_done += 1
+        return report
 
     def sample(self, inputs: Sequence[PrefixInputs]) -> list[Group]:
         """Embed each prefix once and generate G completions from it."""
@@ -260,7 +261,7 @@ class Trainer:
             Metric.DROPPED: float(len(dropped)),
         }
         return StepReport(
-            step=self.steps_done, metrics=scalars, groups=groups, rewards=rewards, dropped=dropped
+            step=self.steps_done + 1, metrics=scalars, groups=groups, rewards=rewards, dropped=dropped
         )
 
     def _training_pack(self, pack: PackedGroups, advantage_S: Tensor, counts: BatchCounts) -> TrainingPack:

@@ -100,6 +100,7 @@ def test_kl_and_entropy_enter_the_loss():
         config=config,
     )
     assert result.loss_C.item() == pytest.approx(0.5 * 0.045 - 0.1 * 3)
+    assert result.kl_C is not None
     assert result.kl_C.item() == pytest.approx(0.045)
 
 

@@ -121,8 +121,10 @@ def test_a_run_without_any_usable_clip_says_so(job, tmp_path):
     ("more", "message"),
     [
         (["--data", "nowhere.json"], "nowhere.json does not exist"),
-        (["--model", "nowhere"], "nowhere does not exist"),
-        (["--model", "nowhere"], "give a checkpoint directory with config.json and model.safetensors"),
+        (
+            ["--model", "nowhere"],
+            "nowhere/config.json does not exist: give a checkpoint directory with config.json and model.safetensors",
+        ),
         (["--set", "trainer.promts_per_step=2"], "did you mean trainer.prompts_per_step?"),
         (["--set", "rollout.samples=many"], "rollout.samples: Input should be a valid integer, got 'many'"),
         (["--set", "rollout.samples=1"], "rollout.samples must be at least 2"),

@@ -91,13 +91,13 @@ class Optimizer:
         copied = [(self._masters[n], p) for n, p in self._trained.items() if self._masters[n] is not p]
         for master, parameter in copied:
             master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.steps_done += 1  # Before any weight moves: an interrupt from here on shows in the count.
         self._adamw.step()
         with torch.no_grad():
             for master, parameter in copied:
                 parameter.copy_(master)
         for parameter in (*self._trained.values(), *self._masters.values()):
             parameter.grad = None
-        self.steps_done += 1
         return norm
 
     def state_dict(self) -> State:
