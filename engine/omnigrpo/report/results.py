@@ -100,7 +100,7 @@ def _gain(before: EvaluationReport, after: EvaluationReport) -> tuple[Cell, ...]
         return metrics.uar, metrics.uar_standard_error
 
     changes = (change(war, "strict"), change(uar, "strict"), change(war, "alias"), change(uar, "alias"))
-    return ("", "change", *changes, "", "", "", "")
+    return ("", f"by {stage_name(after.stage)}", *changes, "", "", "", "")
 
 
 def _with_error(value: float, error: float) -> Markup:
