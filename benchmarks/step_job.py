@@ -9,7 +9,6 @@ from typing import cast
 import torch
 
 from omnigrpo.algorithm.advantage import AdvantageConfig
-from omnigrpo.algorithm.objective import ObjectiveConfig
 from omnigrpo.data.dataset import PromptStyle, read_dataset
 from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset, vocabulary_texts
@@ -27,6 +26,7 @@ from omnigrpo.runtime.optimizer import Optimizer, OptimizerConfig
 from omnigrpo.runtime.spans import SpanRecorder
 from omnigrpo.schema import Clip, ClipFeatures, Group, PrefixInputs, Prompt
 from omnigrpo.trainer import RolloutConfig, Trainer, TrainerConfig
+from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 from step_work import Sizes
 
 FILLER = "<|video_pad|>"

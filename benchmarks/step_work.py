@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from omnigrpo.algorithm.objective import BatchCounts, token_weights
 from omnigrpo.algorithm.packing import pack, split_by_budget
 from omnigrpo.model.config import DecoderConfig
 from omnigrpo.schema import Completion, Group, PackedGroups, PrefixInputs, SharedPrefixLayout
 from omnigrpo.trainer import TrainingPack
+from omnigrpo_kernels.grpo_objective import BatchCounts, TokenBatch, token_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +59,11 @@ def each_alone(groups: Sequence[Group]) -> list[Group]:
 
 
 def training_packs(groups: Sequence[Group], *, budget_rows: int) -> list[TrainingPack]:
-    """Packs under the trainer's row budget with advantages of +1 and -1 in turn, and no KL."""
+    """Packs under the trainer's row budget with advantages of +1 and -1 in turn, and the rollout as reference."""
     lengths = [len(c.token_ids) for group in groups for c in group.completions]
-    counts = BatchCounts(num_sequences=len(lengths), num_tokens=sum(lengths), max_tokens=max(lengths))
+    counts = BatchCounts(
+        num_sequences=len(lengths), num_tokens=sum(lengths), max_tokens=max(lengths), num_packs=1
+    )
     return [_training_pack(pack(run), counts) for run in split_by_budget(groups, budget_rows)]
 
 
@@ -105,8 +107,10 @@ def _training_pack(packed: PackedGroups, counts: BatchCounts) -> TrainingPack:
     lengths_C = torch.bincount(packed.sequence_C)[packed.sequence_C]
     return TrainingPack(
         pack=packed,
-        advantage_C=1.0 - 2.0 * (packed.sequence_C % 2),
-        weight_C=token_weights("grpo", lengths_C, counts),
-        reference_C=None,
-        old_C=None,
+        batch=TokenBatch(
+            advantage_C=1.0 - 2.0 * (packed.sequence_C % 2),
+            weight_C=token_weights("grpo", lengths_C, counts),
+            sequence_C=packed.sequence_C,
+            reference_C=packed.rollout_logprob_C,
+        ),
     )

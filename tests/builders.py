@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from omnigrpo.algorithm.advantage import AdvantageConfig
-from omnigrpo.algorithm.objective import ObjectiveConfig
 from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.model.config import tiny
 from omnigrpo.model.humanomni import HumanOmni
@@ -32,6 +31,7 @@ from omnigrpo.schema import (
     Prompt,
 )
 from omnigrpo.trainer import RolloutConfig, Trainer, TrainerConfig
+from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 
 VOCABULARY = 300
 CONFIG = tiny(vocab_size=VOCABULARY, gate_vocab_size=50)

@@ -27,11 +27,14 @@ ALLOWED: dict[str, set[str]] = {
     "prefix_source": {"media", "model", "runtime", "schema"},
     "step_records": {"metrics", "schema"},
     "trainer": {
-        "algorithm", "data", "metrics", "model", "prefix_source", "reward", "rollout", "runtime", "schema",
+        "algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "reward", "rollout", "runtime",
+        "schema",
     },
-    "sft": {"algorithm", "data", "metrics", "model", "prefix_source", "runtime", "schema"},
+    "sft": {"algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "runtime", "schema"},
     "loop": {"metrics", "runtime", "schema", "step_records"},
-    "config": {"algorithm", "data", "loop", "model", "prefix_source", "reward", "runtime", "trainer"},
+    "config": {
+        "algorithm", "data", "loop", "model", "omnigrpo_kernels", "prefix_source", "reward", "runtime", "trainer",
+    },
     "run": {
         "config", "data", "evaluate", "loop", "metrics", "model", "prefix_source", "progress", "reward", "rollout",
         "runtime", "schema", "sft", "trainer",

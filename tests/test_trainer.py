@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from omnigrpo.algorithm.advantage import AdvantageConfig
-from omnigrpo.algorithm.objective import ObjectiveConfig
 from omnigrpo.algorithm.policy import completion_logprobs
 from omnigrpo.algorithm.token_metrics import TokenMetrics
 from omnigrpo.metrics import Metric
 from omnigrpo.model.humanomni import reference_copy
 from omnigrpo.runtime.distributed import World
 from omnigrpo.trainer import RolloutConfig
+from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_old_logprobs_stay_those_of_the_first_pass(builders, policy, prefixes):
     (first,) = [trainer.accumulate(pack, TokenMetrics())]
     trainer.update()
     second = trainer.accumulate(first, TokenMetrics())
-    assert first.old_C.tolist() == pytest.approx(start.tolist(), abs=1e-12)
-    assert second.old_C.equal(first.old_C)
+    assert first.batch.old_C.tolist() == pytest.approx(start.tolist(), abs=1e-12)
+    assert second.batch.old_C.equal(first.batch.old_C)
     assert not torch.allclose(completion_logprobs(policy, pack.pack).logprob_T, start, atol=1e-3)
 
 
@@ -152,7 +152,7 @@ def test_token_weights_count_the_whole_batch(builders, policy, prefixes, form, w
     groups = [builders.group(prefixes[0], [2, 6, 1]), builders.group(prefixes[1], [3, 4])]
     packs = trainer.build_packs(groups, [builders.rewards(1, 0, 0), builders.rewards(0, 1)])
     assert len(packs) == (1 if budget_rows == 4096 else 2)
-    assert torch.cat([pack.weight_C for pack in packs]).tolist() == pytest.approx(weights, rel=1e-12)
+    assert torch.cat([pack.batch.weight_C for pack in packs]).tolist() == pytest.approx(weights, rel=1e-12)
 
 
 @pytest.mark.parametrize("scale", [True, False], ids=["scaled", "not scaled"])
@@ -161,7 +161,9 @@ def test_each_token_carries_its_completions_advantage(builders, policy, prefixes
     groups = [builders.group(prefixes[0], [2, 1]), builders.group(prefixes[1], [1, 3])]
     (pack,) = trainer.build_packs(groups, [builders.rewards(4, 0), builders.rewards(0, 1)])
     first, second = (0.5**0.5, 0.5**0.5) if scale else (2.0, 0.5)
-    assert pack.advantage_C.tolist() == pytest.approx([first, first, -first, -second, second, second, second])
+    assert pack.batch.advantage_C.tolist() == pytest.approx(
+        [first, first, -first, -second, second, second, second]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +223,7 @@ def test_rollout_and_update_share_the_temperature(builders, prefixes):
     groups = trainer.sample(prefixes)
     (pack,) = trainer.build_packs(groups, trainer.score(groups))
     metrics = TokenMetrics()
-    old_C = trainer.accumulate(pack, metrics).old_C
+    old_C = trainer.accumulate(pack, metrics).batch.old_C
     reported_C = pack.pack.rollout_logprob_C
     assert (old_C - reported_C).abs().max() < 1e-5
     assert (completion_logprobs(policy, pack.pack).logprob_T - reported_C).abs().max() > 1e-2

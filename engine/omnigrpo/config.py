@@ -16,7 +16,6 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from omnigrpo.algorithm.advantage import AdvantageConfig
-from omnigrpo.algorithm.objective import ObjectiveConfig
 from omnigrpo.data.dataset import PromptStyle
 from omnigrpo.loop import LoopConfig
 from omnigrpo.model.prompting import PromptTemplate
@@ -24,6 +23,7 @@ from omnigrpo.prefix_source import MediaConfig
 from omnigrpo.reward.composition import RewardConfig
 from omnigrpo.runtime.optimizer import OptimizerConfig
 from omnigrpo.trainer import RolloutConfig, TrainerConfig
+from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 
 
 class ConfigError(ValueError):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from omnigrpo.algorithm.packing import pack, split_by_budget
-from omnigrpo.algorithm.policy import completion_logprobs
+from omnigrpo.algorithm.policy import completion_rows
 from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.metrics import Metric
 from omnigrpo.model.humanomni import HumanOmni
@@ -15,6 +15,7 @@ from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
 from omnigrpo.runtime.spans import Phase, SpanRecorder
 from omnigrpo.schema import Completion, Group, PrefixInputs, Prompt, StepReport
+from omnigrpo_kernels.linear_token_loss import linear_token_loss
 
 
 class SupervisedTrainer:
@@ -53,12 +54,19 @@ class SupervisedTrainer:
         loss_sum = entropy_sum = 0.0
         for packed in packs:
             with self.spans.span(Phase.FORWARD):
-                policy = completion_logprobs(self.policy, packed)
-                loss = -policy.logprob_T.sum() / num_tokens
+                rows = completion_rows(self.policy, packed)
+            with self.spans.span(Phase.HEAD):
+                head = linear_token_loss(
+                    rows.hidden_RD,
+                    self.policy.head_weight_VD,
+                    rows.targets_C,
+                    lambda _, logprob_C, entropy_C: -logprob_C.sum() / num_tokens,
+                    rows_C=rows.rows_C,
+                )
             with self.spans.span(Phase.BACKWARD):
-                loss.backward()
-            loss_sum += loss.item()
-            entropy_sum += policy.entropy_T.detach().sum().item()
+                head.loss.backward()
+            loss_sum += head.loss.item()
+            entropy_sum += head.entropy_C.sum().item()
         with self.spans.span(Phase.OPTIMIZER):
             self.world.sum_gradients(self.optimizer.parameters)
             grad_norm = self.optimizer.step()

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from omnigrpo.algorithm.advantage import AdvantageConfig, group_advantages
-from omnigrpo.algorithm.objective import BatchCounts, ObjectiveConfig, token_terms, token_weights
 from omnigrpo.algorithm.packing import pack, split_by_budget
-from omnigrpo.algorithm.policy import completion_logprobs
+from omnigrpo.algorithm.policy import completion_logprobs, completion_rows
 from omnigrpo.algorithm.token_metrics import TokenMetrics
 from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.metrics import REWARD_COMPONENT_PREFIX, Metric
@@ -37,6 +36,8 @@ from omnigrpo.schema import (
     Prompt,
     StepReport,
 )
+from omnigrpo_kernels.grpo_head import grpo_head
+from omnigrpo_kernels.grpo_objective import BatchCounts, ObjectiveConfig, TokenBatch, token_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,15 +96,11 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPack:
-    """A packed row and the constants of its loss, ``[C]`` each."""
+    """A packed row and the constants of its loss."""
 
     pack: PackedGroups
-    advantage_C: Tensor
-    weight_C: Tensor
-    reference_C: Tensor | None
-    """Log-prob under the frozen reference; None without a KL term."""
-    old_C: Tensor | None
-    """Log-prob under the policy that starts the step; None while that is the current policy."""
+    batch: TokenBatch
+    """On the policy's device. Without old log-probs the policy that starts the step is still the current one."""
 
 
 class Trainer:
@@ -209,27 +206,26 @@ class Trainer:
 
     def accumulate(self, training_pack: TrainingPack, metrics: TokenMetrics) -> TrainingPack:
         """Forward and backward of one pack; returns it with the old policy's log-probs fixed."""
-        pack, config = training_pack.pack, self.objective_config
+        pack, batch = training_pack.pack, training_pack.batch
         with self.spans.span(Phase.FORWARD):
-            policy = completion_logprobs(self.policy, pack, temperature=self.rollout_config.temperature)
-            old_C = policy.logprob_T.detach() if training_pack.old_C is None else training_pack.old_C
-            terms = token_terms(
-                policy.logprob_T,
-                entropy_C=policy.entropy_T,
-                old_C=old_C,
-                reference_C=training_pack.reference_C,
-                rollout_C=pack.rollout_logprob_C.to(old_C),
-                advantage_C=training_pack.advantage_C.to(old_C),
-                config=config,
+            rows = completion_rows(self.policy, pack)
+        with self.spans.span(Phase.HEAD):
+            head = grpo_head(
+                rows.hidden_RD,
+                self.policy.head_weight_VD,
+                rows.targets_C,
+                batch,
+                self.objective_config,
+                rows_C=rows.rows_C,
+                temperature=self.rollout_config.temperature,
             )
-            loss = (training_pack.weight_C.to(old_C) * terms.loss_C).sum()
         with self.spans.span(Phase.BACKWARD):
-            loss.backward()
-        metrics.add(terms, entropy_C=policy.entropy_T.detach())
-        metrics.add_loss(loss.detach() / self.config.iterations)
-        if training_pack.old_C is None:
-            metrics.add_rollout_difference(old_C, pack.rollout_logprob_C.to(old_C))
-        return replace(training_pack, old_C=old_C)
+            head.loss.backward()
+        metrics.add(head, loss_share=1 / self.config.iterations)
+        if batch.old_C is not None:
+            return training_pack
+        metrics.add_rollout_difference(head.logprob_C, pack.rollout_logprob_C.to(head.logprob_C))
+        return replace(training_pack, batch=replace(batch, old_C=head.logprob_C))
 
     def update(self) -> float:
         """Sum gradients over ranks, clip, step; returns the gradient norm before clipping."""
@@ -272,21 +268,26 @@ class Trainer:
                 reference_C = completion_logprobs(
                     self.reference, pack, temperature=self.rollout_config.temperature
                 ).logprob_T
-        return TrainingPack(
-            pack=pack,
-            advantage_C=advantage_S[pack.sequence_C],
-            weight_C=token_weights(self.objective_config.loss, lengths_C, counts),
+        device = self.policy.head_weight_VD.device
+        batch = TokenBatch(
+            advantage_C=advantage_S[pack.sequence_C].to(device),
+            weight_C=token_weights(self.objective_config.loss, lengths_C, counts).to(device),
+            sequence_C=pack.sequence_C.to(device),
             reference_C=reference_C,
-            old_C=None,
+            rollout_C=pack.rollout_logprob_C.to(device),
         )
+        return TrainingPack(pack=pack, batch=batch)
 
     def _global_counts(self, packs: Sequence[PackedGroups]) -> BatchCounts:
-        local = torch.tensor(
-            [sum(p.num_sequences for p in packs), sum(len(p.completion_ids_C) for p in packs)]
-        )
-        num_sequences, num_tokens = self.world.sum(local).tolist()
+        sequences, tokens = sum(p.num_sequences for p in packs), sum(len(p.completion_ids_C) for p in packs)
+        num_sequences, num_tokens, num_packs = self.world.sum(
+            torch.tensor([sequences, tokens, len(packs)])
+        ).tolist()
         return BatchCounts(
-            num_sequences=num_sequences, num_tokens=num_tokens, max_tokens=self.rollout_config.max_new_tokens
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            max_tokens=self.rollout_config.max_new_tokens,
+            num_packs=num_packs,
         )
 
     def _check_budget(self, inputs: Sequence[PrefixInputs]) -> None:

@@ -1,10 +1,14 @@
 """Loads the compiled extension ``omnigrpo_kernels._C`` and says which kernels are active."""
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+
+HEAD_OPS = ("linear_logprob", "linear_token_loss", "grpo_head")
+"""They share the kernels of the vocabulary head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +49,9 @@ def load() -> ModuleType:
 def kernel_status() -> list[KernelStatus]:
     """One entry per op and device type, whether or not this machine has the device; never raises."""
     cuda = "its Triton kernel is not written yet; plain PyTorch ops run"
-    if not torch.cuda.is_available():
-        cuda = f"no CUDA device (torch {torch.__version__}); {cuda}"
     return [
-        _linear_logprob_on_cpu(),
-        KernelStatus(op="linear_logprob", device="cuda", implementation="PyTorch", active=False, reason=cuda),
+        *(_head_on_cpu(op) for op in HEAD_OPS),
+        *(_head_on_cuda(op) for op in HEAD_OPS),
         KernelStatus(
             op="shared_prefix_attention",
             device="cpu",
@@ -62,16 +64,32 @@ def kernel_status() -> list[KernelStatus]:
             device="cuda",
             implementation="PyTorch SDPA",
             active=False,
-            reason=cuda,
+            reason=cuda if torch.cuda.is_available() else f"{_no_device()}; {cuda}",
         ),
     ]
 
 
-def _linear_logprob_on_cpu() -> KernelStatus:
+def _head_on_cpu(op: str) -> KernelStatus:
     try:
         implementation, reason = f"C++ ({load().cpu_isa()})", None
     except ImportError as error:
         implementation, reason = "none", str(error)
     return KernelStatus(
-        op="linear_logprob", device="cpu", implementation=implementation, active=reason is None, reason=reason
+        op=op, device="cpu", implementation=implementation, active=reason is None, reason=reason
     )
+
+
+def _head_on_cuda(op: str) -> KernelStatus:
+    reason = None
+    if importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed: pip install triton"
+    elif not torch.cuda.is_available():
+        reason = _no_device()
+    implementation = "none" if reason else "Triton, cuBLAS"
+    return KernelStatus(
+        op=op, device="cuda", implementation=implementation, active=reason is None, reason=reason
+    )
+
+
+def _no_device() -> str:
+    return f"no CUDA device (torch {torch.__version__})"

@@ -15,6 +15,7 @@ TRAINING = [
     "pack",
     "reference",
     "forward",
+    "head",
     "backward",
     "optimizer",
     "publish",
@@ -116,5 +117,5 @@ def test_dense_packs_hold_the_same_completions_in_the_same_order(work):
     assert packed.pack.num_rows == 2 * (4 + 3 * 2)
     assert [item.pack.num_rows for item in dense] == [18, 18]
     assert torch.cat([item.pack.completion_ids_C for item in dense]).equal(packed.pack.completion_ids_C)
-    assert torch.cat([item.weight_C for item in dense]).equal(packed.weight_C)
-    assert float(packed.weight_C.sum()) == pytest.approx(1)
+    assert torch.cat([item.batch.weight_C for item in dense]).equal(packed.batch.weight_C)
+    assert float(packed.batch.weight_C.sum()) == pytest.approx(1)

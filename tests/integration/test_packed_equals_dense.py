@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from omnigrpo.algorithm.objective import ObjectiveConfig
 from omnigrpo.algorithm.token_metrics import TokenMetrics
 from omnigrpo.metrics import Metric
 from omnigrpo.model.humanomni import reference_copy
 from omnigrpo.trainer import RolloutConfig
+from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
 
 TEMPERATURE = 0.8
@@ -52,7 +52,9 @@ def packed_loss(builders, models, groups, old_shift, budget_rows):
     if old_shift:
         fixed = [trainer.accumulate(item, TokenMetrics()) for item in packs]
         policy.zero_grad()
-        packs = [replace(item, old_C=item.old_C - old_shift) for item in fixed]
+        packs = [
+            replace(item, batch=replace(item.batch, old_C=item.batch.old_C - old_shift)) for item in fixed
+        ]
     for item in packs:
         trainer.accumulate(item, metrics)
     return metrics.summary()[Metric.LOSS], len(packs)

@@ -56,7 +56,7 @@ def step_metrics(step: int, num_steps: int, rng: random.Random) -> dict[str, flo
     format_rate = 0.9 + 0.1 * progress
     phases = {
         "decode": 0.02, "encode": 0.05, "prefill": 0.12, "decode_tokens": 1.1, "reward": 0.004, "pack": 0.01,
-        "reference": 0.22, "forward": 0.31, "backward": 0.63, "optimizer": 0.03, "publish": 0.006,
+        "reference": 0.22, "forward": 0.31, "head": 0.2, "backward": 0.43, "optimizer": 0.03, "publish": 0.006,
     }  # fmt: skip
     seconds = {f"seconds/{name}": value * rng.uniform(0.9, 1.15) for name, value in phases.items()}
     wall = sum(seconds.values()) + 0.07

@@ -137,7 +137,7 @@ def test_half_precision_weights_gather_updates_smaller_than_their_rounding():
     config = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     optimizer = Optimizer([("w", weight)], config, total_steps=100)
     for _ in range(100):
-        weight.grad = torch.ones_like(weight)
+        weight.grad = torch.ones_like(weight, dtype=torch.float32)
         optimizer.step()
     # 100 steps of 1e-4; a bfloat16 step below 1 is 0.004, so each update alone would round to none.
     torch.testing.assert_close(weight.detach().float(), torch.full((2, 2), 0.99), rtol=0, atol=0.002)
@@ -150,7 +150,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(dtype: torch.dtype
     def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
         for step in steps:
             for index, parameter in enumerate(model.parameters()):
-                parameter.grad = torch.full_like(parameter, math.sin(3.0 * step + index))
+                parameter.grad = torch.full_like(parameter, math.sin(3.0 * step + index), dtype=torch.float32)
             optimizer.step()
 
     straight = make_model().to(dtype)

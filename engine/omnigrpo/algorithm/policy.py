@@ -1,6 +1,7 @@
-"""The packed forward pass: log-probs of completion tokens, everything shared computed once."""
+"""The packed forward pass up to the vocabulary head: everything shared computed once."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -33,17 +34,39 @@ class PolicyModel(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionRows:
+    """What the vocabulary head needs of a pack."""
+
+    hidden_RD: Tensor
+    """``[R, D]``: final hidden states of the rows that predict a completion token, each row once."""
+    targets_C: Tensor
+    """int64 ``[C]``, on the CPU: the completion tokens."""
+    rows_C: Tensor
+    """int64 ``[C]``, on the CPU: which of the R rows predicts each token."""
+
+
+def completion_rows(model: PolicyModel, pack: PackedGroups) -> CompletionRows:
+    """Run the decoder on a pack; equal to running each of its S sequences alone, each prefix once."""
+    device = model.head_weight_VD.device
+    rows_T = torch.cat([pack.prefix_rows, pack.completion_rows_C]).to(device)
+    unordered_TD = torch.cat(
+        [model.embed_prefixes(pack.inputs), model.embed_tokens(pack.completion_ids_C.to(device))]
+    )
+    embeddings_TD = torch.empty_like(unordered_TD).index_copy(0, rows_T, unordered_TD)
+    hidden_TD = model.decoder(embeddings_TD, pack.positions_T.to(device), pack.layout)
+    predictors_R, rows_C = pack.predictor_rows_C.unique(return_inverse=True)
+    return CompletionRows(
+        hidden_RD=hidden_TD[predictors_R.to(device)], targets_C=pack.completion_ids_C, rows_C=rows_C
+    )
+
+
 def completion_logprobs(model: PolicyModel, pack: PackedGroups, *, temperature: float = 1.0) -> LogProbs:
     """Return log-prob, entropy and log-sum-exp of every completion token, ``[C]`` each.
 
-    Equal to running each of the S sequences alone, but each prefix passes through the decoder once and only rows
-    that predict a completion token meet the vocabulary. Differentiable unless gradients are off.
+    Differentiable unless gradients are off; for a loss that is known, ``completion_rows`` and a fused head are cheaper.
     """
-    device = model.head_weight_VD.device
-    ids_C = pack.completion_ids_C.to(device)
-    rows_T = torch.cat([pack.prefix_rows, pack.completion_rows_C]).to(device)
-    unordered_TD = torch.cat([model.embed_prefixes(pack.inputs), model.embed_tokens(ids_C)])
-    embeddings_TD = torch.empty_like(unordered_TD).index_copy(0, rows_T, unordered_TD)
-    hidden_TD = model.decoder(embeddings_TD, pack.positions_T.to(device), pack.layout)
-    hidden_CD = hidden_TD[pack.predictor_rows_C.to(device)]
-    return linear_logprob(hidden_CD, model.head_weight_VD, ids_C, temperature=temperature)
+    rows = completion_rows(model, pack)
+    return linear_logprob(
+        rows.hidden_RD, model.head_weight_VD, rows.targets_C, rows_C=rows.rows_C, temperature=temperature
+    )

@@ -150,7 +150,8 @@ def phase_fills(palette: Palette) -> dict[str, Fill]:
         Phase.PACK: (palette.purple, 0.7),
         Phase.REFERENCE: (palette.purple, 0.4),
         Phase.FORWARD: (palette.orange, 1.0),
-        Phase.BACKWARD: (palette.orange, 0.6),
+        Phase.HEAD: (palette.orange, 0.75),
+        Phase.BACKWARD: (palette.orange, 0.5),
         Phase.OPTIMIZER: (palette.rose, 1.0),
         Phase.PUBLISH: (palette.rose, 0.55),
     }

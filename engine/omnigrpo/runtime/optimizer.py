@@ -50,7 +50,8 @@ class Optimizer:
     """AdamW with its schedule, clipping and count of updates.
 
     Parameters of half precision are updated through float32 copies: at a learning rate of 1e-6 most updates
-    are smaller than half a bfloat16 step of the weight, and would be rounded away every time.
+    are smaller than half a bfloat16 step of the weight, and would be rounded away every time. Their gradients
+    add up in float32 for the same reason (``grad_dtype``), over the packs of a step and over tied uses.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Optimizer:
         if total_steps < 1:
             raise ValueError(f"total_steps must be >= 1, got {total_steps}")
         self._trained = {name: item for name, item in named_parameters if item.requires_grad}
+        for parameter in self._trained.values():
+            parameter.grad_dtype = _wide(parameter.dtype)
         self._masters = {name: _master(parameter) for name, parameter in self._trained.items()}
         self._adamw = build_optimizer(self._masters.items(), config)
         self._config = config
@@ -90,7 +93,7 @@ class Optimizer:
             group["lr"] = self.learning_rate
         copied = [(self._masters[n], p) for n, p in self._trained.items() if self._masters[n] is not p]
         for master, parameter in copied:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            master.grad = parameter.grad
         self.steps_done += 1  # Before any weight moves: an interrupt from here on shows in the count.
         self._adamw.step()
         with torch.no_grad():

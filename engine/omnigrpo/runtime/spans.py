@@ -25,6 +25,7 @@ class Phase(StrEnum):
     PACK = "pack"
     REFERENCE = "reference"
     FORWARD = "forward"
+    HEAD = "head"
     BACKWARD = "backward"
     OPTIMIZER = "optimizer"
     PUBLISH = "publish"
