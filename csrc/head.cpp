@@ -10,10 +10,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -86,19 +82,6 @@ HeadType head_type(const Tensor& hidden) {
 ScalarType stat_type(HeadType type) { return type == HeadType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
 
 Tensor bytes(const Tensor& like, int64_t count) { return torch::stable::new_empty(like, {count}, ScalarType::Byte); }
-
-// Asks for huge pages behind a large buffer that is about to be written for the first time: with 4 KiB pages their
-// zeroing takes a fifth of a whole weight gradient's time. A hint: where it is not granted, nothing else changes.
-void prefer_huge_pages(const Tensor& buffer) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  constexpr uintptr_t kWorthwhile = uintptr_t{8} << 20;
-  const uintptr_t size = static_cast<uintptr_t>(buffer.numel()) * buffer.element_size();
-  if (size < kWorthwhile) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(buffer.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), size - kPage, MADV_HUGEPAGE);
-#endif
-}
 
 // A vector of Stat that is read and written as double.
 class Stats {
@@ -238,7 +221,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_exps(const Tensor& hidde
   const Stats sorted_logits(hidden, type, num_pairs), logits(hidden, type, num_pairs);
   const Stats partials(hidden, type, runs * 3 * padded);
   const Tensor exps = torch::stable::new_empty(hidden, {padded, store ? round_up(vocabulary, kColumnMultiple) : 0});
-  prefer_huge_pages(exps);
   for (int64_t t = 0; t < padded; ++t) offset.set(t, 0);
   target_offsets(hidden, weight, rows, targets, num_pairs, temperature, offset);
 
@@ -362,7 +344,6 @@ Tensor head_gradients(const Tensor& exps, const Tensor& hidden, const Tensor& we
     STD_TORCH_CHECK(grad_weight->dim() == 2 && grad_weight->is_contiguous() && grad_weight->size(0) == weight.size(0) &&
                         grad_weight->size(1) == weight.size(1) && grad_weight->scalar_type() == stat_type(type),
                     "omnigrpo: grad_weight must be contiguous float32 (float64 for float64) of weight's shape");
-    if (!accumulate) prefer_huge_pages(*grad_weight);
     weight_gradient(kernels, type, exps, hidden, row_scale, *grad_weight, accumulate);
   }
   if (!want_hidden) return torch::stable::new_empty(hidden, {0, hidden.size(1)}, stat_type(type));

@@ -81,6 +81,15 @@ def test_large_pass_is_cut_in_two_at_least(monkeypatch: pytest.MonkeyPatch) -> N
     assert ends(chunks_of(300, 100, monkeypatch)[0]) == [100, 200, 300]
 
 
+def test_pass_that_keeps_nothing_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(chunking, "WHOLE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(chunking, "FORWARD_ROWS", 8)
+    hidden_RD, weight_VD, targets_C = torch.zeros(10, 1), torch.zeros(VOCABULARY, 1), torch.arange(10)
+    assert ends(token_chunks(hidden_RD, weight_VD, targets_C, None, keep=False)) == [5, 10]
+    assert ends(token_chunks(hidden_RD[:8], weight_VD, targets_C[:8], None, keep=False)) == [8]
+
+
 def test_budget_counts_the_inputs_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunking, "CHUNK_BYTES", {"cpu": 8 * VOCABULARY * 2})
     targets_C = torch.zeros(8, dtype=torch.int64)

@@ -158,6 +158,12 @@ class HeadCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    """The ops are small: on a busy machine a second thread costs more than it gives. tests/conftest.py restores it."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()

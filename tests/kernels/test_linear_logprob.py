@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from omnigrpo_kernels import chunking, extension
+from omnigrpo_kernels.chunking import token_chunks
 from omnigrpo_kernels.linear_logprob import LogProbs, linear_logprob, linear_logprob_reference
 
 SIZES = {
@@ -21,6 +22,12 @@ SIZES = {
 }
 each_size = pytest.mark.parametrize(("rows", "width", "vocabulary"), SIZES.values(), ids=SIZES.keys())
 each_low_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    """The ops are small: on a busy machine a second thread costs more than it gives. tests/conftest.py restores it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
@@ -78,8 +85,10 @@ def exact_stats(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, weight_VD: Tensor) -> None:
+    """Of forward, which keeps no exponentials, and of backward."""
     budget = rows * weight_VD.shape[0] * weight_VD.element_size()
     monkeypatch.setattr(chunking, "CHUNK_BYTES", {"cpu": budget})
+    monkeypatch.setattr(chunking, "FORWARD_ROWS", rows)
 
 
 @each_size
@@ -232,6 +241,9 @@ def test_chunks_change_no_bit_of_a_statistic_and_only_round_gradients(
         results = []
         for chunk_rows in (70, 33, 5, 1):
             rows_per_chunk(monkeypatch, chunk_rows, weight_VD)
+            for keep in (False, True):
+                chunks = token_chunks(hidden_RD.detach(), weight_VD.detach(), targets_C, None, keep=keep)
+                assert len(chunks) >= math.ceil(70 / chunk_rows)
             stats = as_tuple(linear_logprob(hidden_RD, weight_VD, targets_C))
             results.append(
                 (stats, torch.autograd.grad(stats[0].sum() + stats[1].sum(), (hidden_RD, weight_VD)))
