@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
+from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 Modality = Literal["video", "audio"]
 FinishReason = Literal["stop", "length"]

@@ -10,85 +10,14 @@ so a prefix row attends causally inside its prefix, and a completion row attends
 and causally inside its own completion.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SharedPrefixLayout:
-    """Lengths of the segments of one packed row, in packed order: prefix, its completions, next prefix, ..."""
-
-    prefix_lengths: tuple[int, ...]
-    """P of each group; each at least 1."""
-    completion_lengths: tuple[tuple[int, ...], ...]
-    """R of each completion, by group; a group may have none (prefill), a completion may be empty."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for lengths that describe no packed row."""
-        if not self.prefix_lengths:
-            raise ValueError("SharedPrefixLayout: prefix_lengths is empty; give at least one group")
-        if len(self.prefix_lengths) != len(self.completion_lengths):
-            raise ValueError(
-                f"SharedPrefixLayout: {len(self.prefix_lengths)} prefix lengths but {len(self.completion_lengths)} "
-                "groups of completion lengths; give one tuple of completion lengths per prefix (it may be empty)"
-            )
-        _check_lengths("prefix_lengths", self.prefix_lengths, minimum=1)
-        if not isinstance(self.completion_lengths, tuple):
-            raise ValueError(
-                f"SharedPrefixLayout: completion_lengths is a {type(self.completion_lengths).__name__}; "
-                "give a tuple of tuples of integers"
-            )
-        for group, lengths in enumerate(self.completion_lengths):
-            _check_lengths(f"completion_lengths[{group}]", lengths, minimum=0)
-
-    @property
-    def num_groups(self) -> int:
-        """Groups in the packed row."""
-        return len(self.prefix_lengths)
-
-    @property
-    def num_rows(self) -> int:
-        """T, the rows of all groups."""
-        return sum(self.group_lengths)
-
-    @property
-    def group_lengths(self) -> tuple[int, ...]:
-        """Rows of each group: its prefix and all of its completions."""
-        return tuple(
-            prefix + sum(lengths)
-            for prefix, lengths in zip(self.prefix_lengths, self.completion_lengths, strict=True)
-        )
-
-    @property
-    def group_starts(self) -> tuple[int, ...]:
-        """Packed row of each group's first prefix row."""
-        return tuple(accumulate(self.group_lengths[:-1], initial=0))
-
-    @property
-    def completion_starts(self) -> tuple[tuple[int, ...], ...]:
-        """Packed row where each completion begins, by group; an empty completion begins where the next one does."""
-        return tuple(
-            tuple(accumulate(lengths[:-1], initial=start + prefix)) if lengths else ()
-            for start, prefix, lengths in zip(
-                self.group_starts, self.prefix_lengths, self.completion_lengths, strict=True
-            )
-        )
-
-
-def _check_lengths(name: str, lengths: tuple[int, ...], *, minimum: int) -> None:
-    if not isinstance(lengths, tuple) or not all(type(length) is int for length in lengths):
-        raise ValueError(f"SharedPrefixLayout: {name} is {lengths!r}; give a tuple of integers")
-    for index, length in enumerate(lengths):
-        if length < minimum:
-            raise ValueError(
-                f"SharedPrefixLayout: {name}[{index}] is {length}; it must be at least {minimum}"
-            )
+from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 
 def group_mask(prefix_length: int, completion_lengths: tuple[int, ...], device: torch.device) -> Tensor:
@@ -116,7 +45,7 @@ def _group_biases(
     num_bytes = dtype.itemsize * sum(
         length**2
         for length, lengths in zip(layout.group_lengths, layout.completion_lengths, strict=True)
-        if _needs_mask(lengths)
+        if _needs_mask(layout, lengths)
     )
     build = _build_group_biases if num_bytes > _KEPT_BYTES_PER_LAYOUT else _kept_group_biases
     return build(layout, dtype, device)
@@ -128,7 +57,7 @@ def _build_group_biases(
     """Never inference tensors: one that a rollout made may be saved for an update's backward."""
     with torch.inference_mode(False), torch.no_grad():
         return tuple(
-            _group_bias(prefix, lengths, dtype, device)
+            _group_bias(layout, prefix, lengths, dtype, device)
             for prefix, lengths in zip(layout.prefix_lengths, layout.completion_lengths, strict=True)
         )
 
@@ -136,20 +65,26 @@ def _build_group_biases(
 _kept_group_biases = lru_cache(maxsize=_KEPT_LAYOUTS)(_build_group_biases)
 
 
-def _needs_mask(completion_lengths: tuple[int, ...]) -> bool:
+def _needs_mask(layout: SharedPrefixLayout, completion_lengths: tuple[int, ...]) -> bool:
     """Whether the group is anything but one causal sequence."""
-    return sum(1 for length in completion_lengths if length) > 1
+    return not layout.prefix_queries or sum(1 for length in completion_lengths if length) > 1
 
 
 def _group_bias(
-    prefix_length: int, completion_lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    layout: SharedPrefixLayout,
+    prefix_length: int,
+    completion_lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
-    if not _needs_mask(completion_lengths):
+    if not _needs_mask(layout, completion_lengths):
         return None
-    key = (prefix_length, completion_lengths, dtype, device)
+    key = (layout.prefix_queries, prefix_length, completion_lengths, dtype, device)
     bias = _biases_in_use.get(key)
     if bias is None:
-        mask = group_mask(prefix_length, completion_lengths, device)
+        mask = group_mask(prefix_length, completion_lengths, device)[
+            0 if layout.prefix_queries else prefix_length :
+        ]
         bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)
         _biases_in_use[key] = bias
     return bias
@@ -160,15 +95,18 @@ def shared_prefix_attention_reference(
 ) -> Tensor:
     """One masked SDPA per group, in the dtype of the inputs; the mask of a group is quadratic in its rows."""
     outputs = []
-    for start, length, bias in zip(
-        layout.group_starts,
-        layout.group_lengths,
+    query_lengths = [
+        length if layout.prefix_queries else length - prefix
+        for length, prefix in zip(layout.group_lengths, layout.prefix_lengths, strict=True)
+    ]
+    for q_LNH, k_LKH, v_LKH, bias in zip(
+        q_TNH.split(query_lengths),
+        k_TKH.split(layout.group_lengths),
+        v_TKH.split(layout.group_lengths),
         _group_biases(layout, q_TNH.dtype, q_TNH.device),
         strict=True,
     ):
-        q_1NLH, k_1KLH, v_1KLH = (
-            rows.narrow(0, start, length).transpose(0, 1).unsqueeze(0) for rows in (q_TNH, k_TKH, v_TKH)
-        )
+        q_1NLH, k_1KLH, v_1KLH = (rows.transpose(0, 1).unsqueeze(0) for rows in (q_LNH, k_LKH, v_LKH))
         o_1NLH = scaled_dot_product_attention(
             q_1NLH, k_1KLH, v_1KLH, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=True
         )
@@ -179,9 +117,10 @@ def shared_prefix_attention_reference(
 def shared_prefix_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPrefixLayout, *, scale: float | None = None
 ) -> Tensor:
-    """Attention of packed groups, ``[T, N, H]``; differentiable in q, k and v.
+    """Attention of packed groups, ``[T, N, H]`` (the completions' rows where ``prefix_queries`` is off).
 
-    ``scale`` defaults to ``H ** -0.5``. Raises ValueError when shapes, dtypes, devices and layout disagree.
+    Differentiable in q, k and v. ``scale`` defaults to ``H ** -0.5``.
+    Raises ValueError when shapes, dtypes, devices and layout disagree.
     """
     _check_inputs(q_TNH, k_TKH, v_TKH, layout)
     return shared_prefix_attention_reference(q_TNH, k_TKH, v_TKH, layout, scale=scale)
@@ -193,14 +132,14 @@ def _check_inputs(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPre
         raise ValueError(
             f"shared_prefix_attention: got {shapes}; give q [T, N, H] and k, v of one shape [T, K, H]"
         )
-    if q_TNH.shape[0] != k_TKH.shape[0] or q_TNH.shape[2] != k_TKH.shape[2]:
-        raise ValueError(f"shared_prefix_attention: got {shapes}; T and H of q, k and v must be equal")
+    if q_TNH.shape[2] != k_TKH.shape[2]:
+        raise ValueError(f"shared_prefix_attention: got {shapes}; H of q, k and v must be equal")
     if k_TKH.shape[1] == 0 or q_TNH.shape[1] % k_TKH.shape[1]:
         raise ValueError(f"shared_prefix_attention: got {shapes}; N must be a multiple of K")
-    if q_TNH.shape[0] != layout.num_rows:
+    if (q_TNH.shape[0], k_TKH.shape[0]) != (layout.num_query_rows, layout.num_rows):
         raise ValueError(
-            f"shared_prefix_attention: got {shapes} for a layout of {layout.num_rows} rows "
-            f"({layout.num_groups} groups); give one row per token of the layout"
+            f"shared_prefix_attention: got {shapes} for a layout of {layout.num_query_rows} rows of q and "
+            f"{layout.num_rows} of k and v ({layout.num_groups} groups); give one row per token of the layout"
         )
     if len({q_TNH.dtype, k_TKH.dtype, v_TKH.dtype}) > 1 or not q_TNH.dtype.is_floating_point:
         raise ValueError(

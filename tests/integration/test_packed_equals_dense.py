@@ -10,7 +10,7 @@ from omnigrpo.metrics import Metric
 from omnigrpo.model.humanomni import reference_copy
 from omnigrpo.trainer import RolloutConfig
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
+from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 TEMPERATURE = 0.8
 REWARDS = [[1.0, 0.0, 0.4], [0.3], [2.0, -1.0]]

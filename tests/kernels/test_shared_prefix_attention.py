@@ -1,11 +1,13 @@
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from omnigrpo_kernels import shared_prefix_attention as module
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout, group_mask, shared_prefix_attention
+from omnigrpo_kernels.shared_prefix_attention import group_mask, shared_prefix_attention
+from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 LAYOUTS = {
     "uneven": SharedPrefixLayout(prefix_lengths=(7,), completion_lengths=((3, 5, 2),)),
@@ -89,6 +91,31 @@ def test_low_precision_is_as_close_as_the_dense_computation(dtype: torch.dtype) 
     packed = shared_prefix_attention(*qkv, layout)
     assert packed.dtype == dtype
     assert (packed.double() - exact).abs().max() <= 2 * dense_error + torch.finfo(dtype).eps
+
+
+@each_layout
+@each_heads
+def test_without_prefix_queries_the_completions_rows_are_the_same(
+    layout: SharedPrefixLayout, num_heads: int, num_kv_heads: int
+) -> None:
+    q_TNH, k_TKH, v_TKH = random_qkv(layout, num_heads, num_kv_heads)
+    rows = [
+        torch.arange(start + prefix, start + length)
+        for start, prefix, length in zip(
+            layout.group_starts, layout.prefix_lengths, layout.group_lengths, strict=True
+        )
+    ]
+    completion_rows = torch.cat(rows)
+    alone = replace(layout, prefix_queries=False)
+    q_CNH = q_TNH.detach()[completion_rows].requires_grad_()
+    upstream = torch.randn(q_CNH.shape, dtype=torch.float64)
+    split = shared_prefix_attention(q_CNH, k_TKH, v_TKH, alone)
+    whole = shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout)[completion_rows]
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-9)
+    split_grads = torch.autograd.grad(split, (q_CNH, k_TKH, v_TKH), upstream)
+    whole_grads = torch.autograd.grad(whole, (q_TNH, k_TKH, v_TKH), upstream)
+    torch.testing.assert_close(split_grads[0], whole_grads[0][completion_rows], rtol=0, atol=1e-9)
+    torch.testing.assert_close(split_grads[1:], whole_grads[1:], rtol=0, atol=1e-9)
 
 
 def test_scale_multiplies_the_scores() -> None:
@@ -207,9 +234,10 @@ def test_bad_layout_is_refused(prefix_lengths: tuple, completion_lengths: tuple,
     [
         ((17, 4), (17, 2, 8), (17, 2, 8), r"q \(17, 4\).*give q \[T, N, H\]"),
         ((17, 4, 8), (17, 2, 8), (17, 2, 9), "k, v of one shape"),
-        ((17, 4, 8), (16, 2, 8), (16, 2, 8), "T and H of q, k and v must be equal"),
+        ((17, 4, 9), (17, 2, 8), (17, 2, 8), "H of q, k and v must be equal"),
+        ((17, 4, 8), (16, 2, 8), (16, 2, 8), "17 rows of q and 17 of k and v"),
         ((17, 4, 8), (17, 3, 8), (17, 3, 8), "N must be a multiple of K"),
-        ((18, 4, 8), (18, 2, 8), (18, 2, 8), "layout of 17 rows"),
+        ((18, 4, 8), (18, 2, 8), (18, 2, 8), "layout of 17 rows of q"),
     ],
 )
 def test_bad_shapes_are_refused(q_shape: tuple, k_shape: tuple, v_shape: tuple, message: str) -> None:

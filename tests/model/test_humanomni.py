@@ -9,7 +9,7 @@ from omnigrpo.model.config import HumanOmniConfig
 from omnigrpo.model.humanomni import HumanOmni, reference_copy
 from omnigrpo.model.parts import part_of
 from omnigrpo.schema import AUDIO_ROW, VIDEO_ROW, ClipFeatures
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
+from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 
 def _both(features: ClipFeatures) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply
 
 from omnigrpo.model.config import DecoderConfig
 from omnigrpo.model.qwen2 import Qwen2Decoder, RMSNorm, rotary_angles, rotate
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
+from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 CONFIG = DecoderConfig(
     vocab_size=97,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from omnigrpo.schema import Group, PackedGroups
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
+from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 
 def group_rows(group: Group) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omnigrpo.schema import PackedGroups, PrefixInputs
 from omnigrpo_kernels.linear_logprob import LogProbs, linear_logprob
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout
+from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 
 class PolicyModel(Protocol):

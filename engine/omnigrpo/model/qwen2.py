@@ -13,7 +13,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from omnigrpo.model.config import DecoderConfig
-from omnigrpo_kernels.shared_prefix_attention import SharedPrefixLayout, shared_prefix_attention
+from omnigrpo_kernels.shared_prefix_attention import shared_prefix_attention
+from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer_index, q_SNH, k_SKH, v_SKH) -> o_SNH``; q and k are already rotated."""
