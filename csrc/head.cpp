@@ -10,6 +10,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -33,12 +38,27 @@ constexpr double kHeadroom = 60;
 constexpr uintptr_t kVectorAlignment = 64;
 constexpr double kLog2E = 1.4426950408889634;
 
+#ifdef OMNIGRPO_X86_VARIANTS
+// Whether the CPU has AMX-BF16 and the kernel saves its registers; a process must ask for that once.
+bool amx_bf16_permitted() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool cpu_runs(const HeadKernels& kernels) {
 #ifdef OMNIGRPO_X86_VARIANTS
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("fma");
-  if (&kernels == &kHeadAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (&kernels == &kHeadAmx) return avx512_bf16 && amx_bf16_permitted();
+  if (&kernels == &kHeadAvx512Bf16) return avx512_bf16;
   if (&kernels == &kHeadAvx512) return avx512;
   if (&kernels == &kHeadAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -47,6 +67,7 @@ bool cpu_runs(const HeadKernels& kernels) {
 
 const HeadKernels* const kVariants[] = {
 #ifdef OMNIGRPO_X86_VARIANTS
+    &kHeadAmx,
     &kHeadAvx512Bf16,
     &kHeadAvx512,
     &kHeadAvx2,
@@ -80,6 +101,9 @@ HeadType head_type(const Tensor& hidden) {
 }
 
 ScalarType stat_type(HeadType type) { return type == HeadType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+
+// Of a packed operand that is summed over `count` numbers.
+int64_t steps_of(const HeadTile& tile, int64_t count) { return round_up(ceil_div(count, tile.depth), tile.step_multiple); }
 
 Tensor bytes(const Tensor& like, int64_t count) { return torch::stable::new_empty(like, {count}, ScalarType::Byte); }
 
@@ -215,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_exps(const Tensor& hidde
   }
 
   const int64_t run = kTilesPerRun * tile.rows, runs = ceil_div(vocabulary, run);
-  const Tensor panels = bytes(hidden, padded * ceil_div(width, tile.depth) * tile.element_bytes);
+  const Tensor panels = bytes(hidden, padded * steps_of(tile, width) * tile.element_bytes);
   const Stats offset(hidden, type, padded), others(hidden, type, num_rows), weighted(hidden, type, num_rows);
   const Stats maxima(hidden, type, num_rows);
   const Stats sorted_logits(hidden, type, num_pairs), logits(hidden, type, num_pairs);
@@ -295,7 +319,7 @@ void weight_gradient(const HeadKernels& kernels, HeadType type, const Tensor& ex
   const Tensor scaled = torch::stable::new_empty(hidden, {live, width});
   const ScaleRows scale{type, hidden.const_data_ptr(), width, row_scale.const_data_ptr(), scaled.mutable_data_ptr()};
   parallel_for(0, live, 16, [&](int64_t begin, int64_t end) { kernels.scale_rows(scale, begin, end); });
-  const Tensor packed = bytes(hidden, panels * tile.lanes * ceil_div(live, tile.depth) * tile.element_bytes);
+  const Tensor packed = bytes(hidden, panels * tile.lanes * steps_of(tile, live) * tile.element_bytes);
   const PackScaled pack{type, scaled.const_data_ptr(), live, width, packed.mutable_data_ptr()};
   parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) { kernels.pack_scaled(pack, begin, end); });
   const WeightGrad task{type,  exps.const_data_ptr(), grad_weight.size(0),

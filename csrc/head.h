@@ -19,10 +19,12 @@ struct HeadTile {
   int64_t rows;
   int64_t lanes;
   int64_t depth;
+  int64_t step_multiple;  // a packed operand has that many elements along the summed dimension, or a multiple of it
   int64_t element_bytes;
 };
 
-// Panels of a matrix whose summed dimension is contiguous: [T / lanes][ceil(D / depth)][lanes] elements.
+// Panels of a matrix whose summed dimension is contiguous: [T / lanes][steps][lanes] elements, where `steps` is D / depth
+// rounded up to whole ones and to the tile's multiple; what is beyond D is 0.
 struct PackHidden {
   HeadType type;
   const void* hidden;  // [T, D]
@@ -110,13 +112,14 @@ struct WeightGrad {
   const void* exps;
   int64_t vocabulary;
   int64_t num_live;    // T or fewer
-  const void* panels;  // row_scale * hidden: [ceil(D / lanes)][ceil(num_live / depth)][lanes] elements, 0 beyond D
+  const void* panels;  // row_scale * hidden, packed by PackScaled
   int64_t width;       // D
   void* grad;          // Stat [V, D]
   bool accumulate;
 };
 
-// Panels of a matrix whose rows are summed over: [ceil(width / lanes)][ceil(rows / depth)][lanes], 0 beyond its ends.
+// Panels of a matrix whose rows are summed over: [ceil(width / lanes)][steps][lanes], with the steps of its rows as in
+// PackHidden, 0 beyond its ends.
 struct PackScaled {
   HeadType type;
   const void* matrix;  // [num_rows, width]
@@ -146,6 +149,7 @@ extern const HeadKernels kHeadBaseline;
 extern const HeadKernels kHeadAvx2;
 extern const HeadKernels kHeadAvx512;
 extern const HeadKernels kHeadAvx512Bf16;
+extern const HeadKernels kHeadAmx;
 #endif
 
 // The kernels in use: the widest that this CPU runs, unless `use_isa` chose another.

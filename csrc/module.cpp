@@ -29,7 +29,7 @@ PyObject* use_cpu_isa(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"cpu_isa", cpu_isa, METH_NOARGS, "Instruction set of the active CPU kernels: avx512_bf16, avx512, avx2 or baseline."},
+    {"cpu_isa", cpu_isa, METH_NOARGS, "Instruction set of the active CPU kernels: amx_bf16, avx512_bf16, avx512, avx2 or baseline."},
     {"use_cpu_isa", use_cpu_isa, METH_VARARGS, "Makes another instruction set active, for tests and benchmarks."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -18,7 +18,7 @@ from omnigrpo_kernels.grpo_head import grpo_head
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig, TokenBatch
 from omnigrpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 
-ISAS = ["avx512_bf16", "avx512", "avx2", "baseline"]
+ISAS = ["amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline"]
 """From the widest on."""
 
 
@@ -107,7 +107,9 @@ def test_instruction_sets_are_those_of_the_cpu(compiled: ModuleType) -> None:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = set(next(line for line in lines if line.startswith("flags")).split())
     wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"} <= flags
-    expected = ["avx512_bf16"] * (wide and "avx512_bf16" in flags) + ["avx512"] * wide
+    bf16 = wide and "avx512_bf16" in flags
+    amx = bf16 and {"amx_tile", "amx_bf16"} <= flags
+    expected = ["amx_bf16"] * amx + ["avx512_bf16"] * bf16 + ["avx512"] * wide
     assert available_isas(compiled) == [*expected, *["avx2"] * ({"avx2", "fma"} <= flags), "baseline"]
 
 

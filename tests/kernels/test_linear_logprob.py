@@ -30,7 +30,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The instruction set that is active during the test."""
     module = extension.load()
