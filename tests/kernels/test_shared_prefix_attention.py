@@ -1,11 +1,9 @@
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from omnigrpo_kernels import shared_prefix_attention as module
 from omnigrpo_kernels.shared_prefix_attention import group_mask, shared_prefix_attention
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
@@ -155,46 +153,6 @@ def test_first_use_in_inference_mode_does_not_break_a_later_backward() -> None:
         shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout)
     shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout).sum().backward()
     assert q_TNH.grad is not None
-
-
-@pytest.mark.parametrize(
-    ("layout", "is_kept"),
-    [
-        (SharedPrefixLayout(prefix_lengths=(13,), completion_lengths=((2, 3),)), True),
-        (SharedPrefixLayout(prefix_lengths=(2000,), completion_lengths=((500, 500),)), False),
-    ],
-    ids=["small", "36 MB"],
-)
-def test_only_small_masks_stay_in_memory_after_the_call(
-    monkeypatch: pytest.MonkeyPatch, layout: SharedPrefixLayout, is_kept: bool
-) -> None:
-    masks: list[weakref.ref[Tensor]] = []
-
-    def attention(q: Tensor, *_: Tensor, attn_mask: Tensor, **__: object) -> Tensor:
-        masks.append(weakref.ref(attn_mask))
-        return q
-
-    monkeypatch.setattr(module, "scaled_dot_product_attention", attention)
-    qkv = random_qkv(layout, 1, 1, torch.float32)
-    for _ in range(2):
-        shared_prefix_attention(*qkv, layout)
-    assert [mask() is not None for mask in masks] == [is_kept, is_kept]
-
-
-def test_layers_of_one_pass_save_one_large_mask_for_the_backward() -> None:
-    layout = SharedPrefixLayout(prefix_lengths=(2000,), completion_lengths=((500, 501),))
-    qkv = random_qkv(layout, 1, 1, torch.float32)
-    masks: set[int] = set()
-
-    def pack(saved: Tensor) -> Tensor:
-        if saved.shape[-2:] == (layout.num_rows, layout.num_rows):
-            masks.add(saved.data_ptr())
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        layers = [shared_prefix_attention(*qkv, layout) for _ in range(3)]
-    assert len(layers) == 3
-    assert len(masks) == 1
 
 
 def test_group_mask_by_hand() -> None:
