@@ -185,6 +185,10 @@ def _check_inputs(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPre
         raise ValueError(
             f"shared_prefix_attention: got q {q_TNH.dtype}, k {k_TKH.dtype}, v {v_TKH.dtype}; give one float dtype"
         )
+    if q_TNH.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(
+            f"shared_prefix_attention: got {q_TNH.dtype}; give bfloat16, float16, float32 or float64"
+        )
     if len({q_TNH.device, k_TKH.device, v_TKH.device}) > 1:
         raise ValueError(
             f"shared_prefix_attention: got q on {q_TNH.device}, k on {k_TKH.device}, v on {v_TKH.device}; "

@@ -11,15 +11,15 @@ parts' gradients add up:
     P_ij = exp(scale q_i . k_j - lse_i)        dV_j = sum_i P_ij do_i
     dS_ij = P_ij (do_i . v_j - do_i . o_i)     dQ_i = scale sum_j dS_ij k_j     dK_j = scale sum_i dS_ij q_i
 
-The kernel's backward computes masked scores too and is slow on small products. So there the J query heads of a key
+The kernel's backward computes masked scores too, and is slow on small products. So there the J query heads of a key
 head are folded into its rows, and a causal part is blocks left of its diagonal, without a mask, and on it. On 2 cores
-with AMX (bfloat16, heads 14/2/64) 8 completions of 160 rows take 6 ms so, and 23 ms in one causal call, which has 112
-small heads; blocks of plain matrix products with float32 exponents were slower than that: 64 ms for all parts of
-P = 976, R = 160, G = 8, instead of BACKWARD_MS.
+with AMX (bfloat16, heads 14/2/64), 8 completions of 160 rows over themselves take 6 ms so, and 23 ms in one causal call
+of 112 small heads; with the prefix of 976 rows everything takes 59 ms, and took 64 ms as blocks of plain products.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ DIAGONAL_TOKENS = 256
 """Of a block on the diagonal in the backward pass; half of it is computed for nothing."""
 PIECE_TOKENS = 64
 """At least, in a piece of a product that is split for more cores."""
-SIMILAR_LENGTHS = 0.8, 16
+SIMILAR_SHARE, SIMILAR_ROWS = 0.8, 16
 """A completion joins a batch from this share of the longest length on, or when it lacks at most so many rows."""
 
 
@@ -125,51 +125,43 @@ class _Batch:
     """int64: row of k and v."""
     queries_CR: Tensor
     """int64: row of q."""
-    completions_CR: Tensor
-    """int64: among the rows of all groups' completions."""
     is_padding_CR: Tensor
     """bool"""
 
 
-def _batches(layout: SharedPrefixLayout) -> list[_Batch]:
+@lru_cache(maxsize=8)
+def _batches(layout: SharedPrefixLayout) -> tuple[list[_Batch], Tensor]:
+    """All completions that have rows, and where among the batches' padded rows each of these rows is, int64.
+
+    Kept, because every layer asks for the same, twice.
+    """
     spans: list[tuple[int, int, int]] = []
     prefix_rows = 0
     for prefix, starts, lengths in zip(
         layout.prefix_lengths, layout.completion_starts, layout.completion_lengths, strict=True
     ):
         prefix_rows += prefix
-        spans += [
-            (length, start, start - prefix_rows)
-            for start, length in zip(starts, lengths, strict=True)
-            if length
-        ]
+        for start, length in zip(starts, lengths, strict=True):
+            if length:
+                spans.append((length, start, start - prefix_rows))
     spans.sort(reverse=True)
     batches: list[_Batch] = []
+    places = torch.empty(sum(length for length, *_ in spans), dtype=torch.int64, device="cpu")
+    num_padded = 0
     while spans:
         longest = spans[0][0]
-        shortest = min(longest * SIMILAR_LENGTHS[0], longest - SIMILAR_LENGTHS[1])
+        shortest = min(SIMILAR_SHARE * longest, longest - SIMILAR_ROWS)
         size = sum(1 for length, *_ in spans if length >= shortest)
-        lengths_C, starts_C, completions_C = torch.tensor(spans[:size]).unbind(1)
-        row_R = torch.arange(longest)
-        row_CR = torch.minimum(row_R, lengths_C[:, None] - 1)
-        keys_CR, completions_CR = starts_C[:, None] + row_CR, completions_C[:, None] + row_CR
-        batches.append(
-            _Batch(
-                keys_CR=keys_CR,
-                queries_CR=keys_CR if layout.prefix_queries else completions_CR,
-                completions_CR=completions_CR,
-                is_padding_CR=row_R >= lengths_C[:, None],
-            )
-        )
+        lengths_C1, starts_C1, completions_C1 = torch.tensor(spans[:size], device="cpu")[..., None].unbind(1)
         del spans[:size]
-    return batches
-
-
-def _unpadded(batches: list[_Batch]) -> Tensor:
-    """Where among the padded rows of all batches each completion row is, int64."""
-    rows = torch.cat([batch.completions_CR.flatten() for batch in batches])
-    kept = torch.cat([~batch.is_padding_CR.flatten() for batch in batches]).nonzero().squeeze(1)
-    return torch.empty_like(kept).scatter_(0, rows[kept], kept)
+        row_R = torch.arange(longest, device="cpu")
+        row_CR = torch.minimum(row_R, lengths_C1 - 1)
+        keys_CR, completions_CR = starts_C1 + row_CR, completions_C1 + row_CR
+        queries_CR = keys_CR if layout.prefix_queries else completions_CR
+        batches.append(_Batch(keys_CR, queries_CR, row_R >= lengths_C1))
+        places[completions_CR] = num_padded + torch.arange(size, device="cpu")[:, None] * longest + row_CR
+        num_padded += size * longest
+    return batches, places
 
 
 def _flash(
@@ -185,7 +177,7 @@ def _own_forward(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPrefixLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Completions over themselves: output and log-sum-exp of all completion rows."""
-    batches = _batches(layout)
+    batches, places = _batches(layout)
     if not batches:
         return q_TNH[:0], q_TNH.new_empty(q_TNH.shape[1], 0)
     outputs, lses = [], []
@@ -197,8 +189,7 @@ def _own_forward(
         o_CNRH, lse_CNR = _flash_forward(*heads, 0.0, True, scale=scale)
         outputs.append(o_CNRH.transpose(1, 2).flatten(0, 1))
         lses.append(lse_CNR.transpose(0, 1).flatten(1))
-    rows = _unpadded(batches)
-    return torch.cat(outputs).index_select(0, rows), torch.cat(lses, dim=1).index_select(1, rows)
+    return torch.cat(outputs).index_select(0, places), torch.cat(lses, dim=1).index_select(1, places)
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -241,7 +232,7 @@ def _own_backward(
     queries: _Queries, k_KTH: Tensor, v_KTH: Tensor, layout: SharedPrefixLayout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Completions over themselves: gradients ``[1, K, rows of all completions, ...]`` of q, k and v."""
-    batches = _batches(layout)
+    batches, places = _batches(layout)
     if not batches:
         return queries.q[:, :, :0], k_KTH[:, :, :0], v_KTH[:, :, :0]
     parts = []
@@ -249,8 +240,7 @@ def _own_backward(
         k_CKRH, v_CKRH = (_gather(x, batch.keys_CR) for x in (k_KTH, v_KTH))
         grads = _causal_backward(queries.gather(batch), k_CKRH, v_CKRH, scale)
         parts.append([grad.transpose(0, 1).flatten(1, 2) for grad in grads])
-    rows = _unpadded(batches)
-    dq, dk, dv = (torch.cat(grads, dim=1).index_select(1, rows)[None] for grads in zip(*parts, strict=True))
+    dq, dk, dv = (torch.cat(grads, dim=1).index_select(1, places)[None] for grads in zip(*parts, strict=True))
     return dq, dk, dv
 
 
