@@ -30,6 +30,8 @@ DIAGONAL_TOKENS = 256
 """Of a block on the diagonal in the backward pass; half of it is computed for nothing."""
 PIECE_TOKENS = 64
 """At least, in a piece of a product that is split for more cores."""
+MERGED_ROWS = 256
+"""At a time, when the parts of a completion row meet."""
 SIMILAR_SHARE, SIMILAR_ROWS = 0.8, 16
 """A completion joins a batch from this share of the longest length on, or when it lacks at most so many rows."""
 
@@ -40,7 +42,7 @@ def attention_forward(
     """Output ``[T, N, H]`` and natural log-sum-exp ``[N, T]``, float32 (float64), for the rows of q."""
     o_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
     lse_NT = q_TNH.new_empty(q_TNH.shape[1], q_TNH.shape[0], dtype=_wide(q_TNH.dtype))
-    own = _own_forward(q_TNH, k_TKH, v_TKH, layout, scale)
+    own_o, own_lse = _own_forward(q_TNH, k_TKH, v_TKH, layout, scale)
     for group in _groups(layout):
         k_PKH, v_PKH = k_TKH[group.prefix_keys], v_TKH[group.prefix_keys]
         rows = group.prefix_queries
@@ -48,9 +50,8 @@ def attention_forward(
             o_TNH[rows], lse_NT[:, rows] = _flash(q_TNH[rows], k_PKH, v_PKH, scale, is_causal=True)
         rows = group.completion_queries
         if rows.stop > rows.start:
-            cross = _flash(q_TNH[rows], k_PKH, v_PKH, scale, is_causal=False)
-            mine = own[0][group.completions], own[1][:, group.completions]
-            o_TNH[rows], lse_NT[:, rows] = _merge(cross, mine)
+            o_TNH[rows], lse_NT[:, rows] = _flash(q_TNH[rows], k_PKH, v_PKH, scale, is_causal=False)
+            _merge_(o_TNH[rows], lse_NT[:, rows], own_o[group.completions], own_lse[:, group.completions])
     return o_TNH, lse_NT
 
 
@@ -144,7 +145,7 @@ def _batches(layout: SharedPrefixLayout) -> tuple[list[_Batch], Tensor]:
         for start, length in zip(starts, lengths, strict=True):
             if length:
                 spans.append((length, start, start - prefix_rows))
-    spans.sort(reverse=True)
+    spans.sort(key=lambda span: -span[0])
     batches: list[_Batch] = []
     places = torch.empty(sum(length for length, *_ in spans), dtype=torch.int64, device="cpu")
     num_padded = 0
@@ -183,8 +184,8 @@ def _own_forward(
     outputs, lses = [], []
     for batch in batches:
         heads = (
-            x[rows].transpose(1, 2)
-            for x, rows in ((q_TNH, batch.queries_CR), (k_TKH, batch.keys_CR), (v_TKH, batch.keys_CR))
+            x.index_select(0, rows_CR.flatten()).unflatten(0, rows_CR.shape).transpose(1, 2)
+            for x, rows_CR in ((q_TNH, batch.queries_CR), (k_TKH, batch.keys_CR), (v_TKH, batch.keys_CR))
         )
         o_CNRH, lse_CNR = _flash_forward(*heads, 0.0, True, scale=scale)
         outputs.append(o_CNRH.transpose(1, 2).flatten(0, 1))
@@ -192,12 +193,13 @@ def _own_forward(
     return torch.cat(outputs).index_select(0, places), torch.cat(lses, dim=1).index_select(1, places)
 
 
-def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over the keys of both."""
-    lse_NM = torch.logaddexp(first[1], second[1])
-    weight_MN1 = (second[1] - lse_NM).exp().T[..., None]
-    o_MNH = torch.lerp(first[0].to(lse_NM.dtype), second[0].to(lse_NM.dtype), weight_MN1)
-    return o_MNH, lse_NM
+def _merge_(o_MNH: Tensor, lse_NM: Tensor, own_o_MNH: Tensor, own_lse_NM: Tensor) -> None:
+    """Add keys to an output and its log-sum-exp, in place; few rows at a time, for the float32 ones to stay in L2."""
+    total_NM = torch.logaddexp(lse_NM, own_lse_NM)
+    weight_MN1 = (own_lse_NM - total_NM).exp_().T[..., None].contiguous()
+    lse_NM.copy_(total_NM)
+    for o, own_o, weight in zip(*(x.split(MERGED_ROWS) for x in (o_MNH, own_o_MNH, weight_MN1)), strict=True):
+        o.copy_(o.to(weight.dtype).lerp_(own_o.to(weight.dtype), weight))
 
 
 @dataclass(frozen=True, slots=True)
