@@ -14,7 +14,7 @@ parts' gradients add up:
 The kernel's backward computes masked scores too, and is slow on small products. So there the J query heads of a key
 head are folded into its rows, and a causal part is blocks left of its diagonal, without a mask, and on it. On 2 cores
 with AMX (bfloat16, heads 14/2/64), 8 completions of 160 rows over themselves take 6 ms so, and 23 ms in one causal call
-of 112 small heads; with the prefix of 976 rows everything takes 59 ms, and took 64 ms as blocks of plain products.
+of 112 small heads; with the prefix of 976 rows everything takes 60 ms, and took 64 ms as blocks of plain products.
 """
 
 from collections.abc import Iterator
