@@ -21,7 +21,7 @@ class KernelStatus:
     implementation: str
     """Kernel that runs, with its instruction set; ``none`` when the call raises."""
     active: bool
-    """True for a kernel written for this op, false for plain PyTorch or nothing."""
+    """True for an implementation made for this op, false for nothing."""
     reason: str | None
     """Why no kernel of its own is active; None when one is."""
 
@@ -48,24 +48,17 @@ def load() -> ModuleType:
 
 def kernel_status() -> list[KernelStatus]:
     """One entry per op and device type, whether or not this machine has the device; never raises."""
-    cuda = "its Triton kernel is not written yet; plain PyTorch ops run"
     return [
         *(_head_on_cpu(op) for op in HEAD_OPS),
-        *(_head_on_cuda(op) for op in HEAD_OPS),
+        *(_on_cuda(op, "Triton, cuBLAS") for op in HEAD_OPS),
         KernelStatus(
             op="shared_prefix_attention",
             device="cpu",
-            implementation="PyTorch SDPA",
-            active=False,
-            reason="its C++ kernel is not written yet; one masked SDPA runs per group",
+            implementation="PyTorch's flash kernels, in parts",
+            active=True,
+            reason=None,
         ),
-        KernelStatus(
-            op="shared_prefix_attention",
-            device="cuda",
-            implementation="PyTorch SDPA",
-            active=False,
-            reason=cuda if torch.cuda.is_available() else f"{_no_device()}; {cuda}",
-        ),
+        _on_cuda("shared_prefix_attention", "Triton"),
     ]
 
 
@@ -79,13 +72,13 @@ def _head_on_cpu(op: str) -> KernelStatus:
     )
 
 
-def _head_on_cuda(op: str) -> KernelStatus:
+def _on_cuda(op: str, kernels: str) -> KernelStatus:
     reason = None
     if importlib.util.find_spec("triton") is None:
         reason = "triton is not installed: pip install triton"
     elif not torch.cuda.is_available():
         reason = _no_device()
-    implementation = "none" if reason else "Triton, cuBLAS"
+    implementation = "none" if reason else kernels
     return KernelStatus(
         op=op, device="cuda", implementation=implementation, active=reason is None, reason=reason
     )

@@ -10,13 +10,15 @@ so a prefix row attends causally inside its prefix, and a completion row attends
 and causally inside its own completion.
 """
 
-from functools import lru_cache
-from weakref import WeakValueDictionary
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from omnigrpo_kernels import shared_prefix_attention_cpu
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 
@@ -28,68 +30,6 @@ def group_mask(prefix_length: int, completion_lengths: tuple[int, ...], device: 
     return same_or_prefix.tril()
 
 
-_KEPT_LAYOUTS = 2
-_KEPT_BYTES_PER_LAYOUT = 32 * 2**20
-_biases_in_use: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
-
-
-def _group_biases(
-    layout: SharedPrefixLayout, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, ...]:
-    """Additive masks of each group, or None where plain causal attention is the same thing.
-
-    Kept for the last layouts because every decoder layer asks for the same ones, 64 MiB in all. Masks of a
-    layout that take more than its share live as long as a graph holds them: a forward pass with gradients
-    shares one set over its layers (the backward needs it), one without builds them in each call.
-    """
-    num_bytes = dtype.itemsize * sum(
-        length**2
-        for length, lengths in zip(layout.group_lengths, layout.completion_lengths, strict=True)
-        if _needs_mask(layout, lengths)
-    )
-    build = _build_group_biases if num_bytes > _KEPT_BYTES_PER_LAYOUT else _kept_group_biases
-    return build(layout, dtype, device)
-
-
-def _build_group_biases(
-    layout: SharedPrefixLayout, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, ...]:
-    """Never inference tensors: one that a rollout made may be saved for an update's backward."""
-    with torch.inference_mode(False), torch.no_grad():
-        return tuple(
-            _group_bias(layout, prefix, lengths, dtype, device)
-            for prefix, lengths in zip(layout.prefix_lengths, layout.completion_lengths, strict=True)
-        )
-
-
-_kept_group_biases = lru_cache(maxsize=_KEPT_LAYOUTS)(_build_group_biases)
-
-
-def _needs_mask(layout: SharedPrefixLayout, completion_lengths: tuple[int, ...]) -> bool:
-    """Whether the group is anything but one causal sequence."""
-    return not layout.prefix_queries or sum(1 for length in completion_lengths if length) > 1
-
-
-def _group_bias(
-    layout: SharedPrefixLayout,
-    prefix_length: int,
-    completion_lengths: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor | None:
-    if not _needs_mask(layout, completion_lengths):
-        return None
-    key = (layout.prefix_queries, prefix_length, completion_lengths, dtype, device)
-    bias = _biases_in_use.get(key)
-    if bias is None:
-        mask = group_mask(prefix_length, completion_lengths, device)[
-            0 if layout.prefix_queries else prefix_length :
-        ]
-        bias = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)
-        _biases_in_use[key] = bias
-    return bias
-
-
 def shared_prefix_attention_reference(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPrefixLayout, *, scale: float | None = None
 ) -> Tensor:
@@ -99,19 +39,107 @@ def shared_prefix_attention_reference(
         length if layout.prefix_queries else length - prefix
         for length, prefix in zip(layout.group_lengths, layout.prefix_lengths, strict=True)
     ]
-    for q_LNH, k_LKH, v_LKH, bias in zip(
+    for q_LNH, k_LKH, v_LKH, prefix, lengths in zip(
         q_TNH.split(query_lengths),
         k_TKH.split(layout.group_lengths),
         v_TKH.split(layout.group_lengths),
-        _group_biases(layout, q_TNH.dtype, q_TNH.device),
+        layout.prefix_lengths,
+        layout.completion_lengths,
         strict=True,
     ):
+        mask = group_mask(prefix, lengths, q_TNH.device)[0 if layout.prefix_queries else prefix :]
         q_1NLH, k_1KLH, v_1KLH = (rows.transpose(0, 1).unsqueeze(0) for rows in (q_LNH, k_LKH, v_LKH))
         o_1NLH = scaled_dot_product_attention(
-            q_1NLH, k_1KLH, v_1KLH, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=True
+            q_1NLH, k_1KLH, v_1KLH, attn_mask=mask, scale=scale, enable_gqa=True
         )
         outputs.append(o_1NLH.squeeze(0).transpose(0, 1))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0].contiguous()
+    return torch.cat(outputs)
+
+
+_LAYOUT = "int[] prefix_lengths, int[] completion_counts, int[] completion_lengths, bool prefix_queries"
+torch.library.define(
+    "omnigrpo::shared_prefix_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT}, float scale) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "omnigrpo::shared_prefix_attention_backward",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LAYOUT}, float scale)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+)
+
+
+def _register(
+    device: str,
+    attention_forward: Callable[..., tuple[Tensor, Tensor]],
+    attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    """Make two functions the kernels of a device; they take tensors, ``layout`` and ``scale``."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_scale: Any) -> tuple[Tensor, Tensor]:
+        *layout, scale = layout_and_scale
+        return attention_forward(q, k, v, _layout(*layout), scale)
+
+    def backward(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *layout_and_scale: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *layout, scale = layout_and_scale
+        return attention_backward(grad_out, q, k, v, out, lse, _layout(*layout), scale)
+
+    torch.library.impl("omnigrpo::shared_prefix_attention", device, forward)
+    torch.library.impl("omnigrpo::shared_prefix_attention_backward", device, backward)
+
+
+def _layout(
+    prefix_lengths: list[int],
+    completion_counts: list[int],
+    completion_lengths: list[int],
+    prefix_queries: bool,
+) -> SharedPrefixLayout:
+    ends = accumulate(completion_counts)
+    return SharedPrefixLayout(
+        prefix_lengths=tuple(prefix_lengths),
+        completion_lengths=tuple(
+            tuple(completion_lengths[end - count : end])
+            for end, count in zip(ends, completion_counts, strict=True)
+        ),
+        prefix_queries=prefix_queries,
+    )
+
+
+_register(
+    "cpu", shared_prefix_attention_cpu.attention_forward, shared_prefix_attention_cpu.attention_backward
+)
+
+
+@torch.library.register_fake("omnigrpo::shared_prefix_attention")
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
+
+
+@torch.library.register_fake("omnigrpo::shared_prefix_attention_backward")
+def _backward_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.layout_and_scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.omnigrpo.shared_prefix_attention_backward(
+        grad_out, *ctx.saved_tensors, *ctx.layout_and_scale
+    )
+    return *grads, *(None for _ in ctx.layout_and_scale)
+
+
+torch.library.register_autograd(
+    "omnigrpo::shared_prefix_attention", _backward, setup_context=_save_for_backward
+)
 
 
 def shared_prefix_attention(
@@ -119,11 +147,21 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Attention of packed groups, ``[T, N, H]`` (the completions' rows where ``prefix_queries`` is off).
 
-    Differentiable in q, k and v. ``scale`` defaults to ``H ** -0.5``.
+    Differentiable in q, k and v, once. ``scale`` defaults to ``H ** -0.5``.
     Raises ValueError when shapes, dtypes, devices and layout disagree.
     """
     _check_inputs(q_TNH, k_TKH, v_TKH, layout)
-    return shared_prefix_attention_reference(q_TNH, k_TKH, v_TKH, layout, scale=scale)
+    out_TNH, _ = torch.ops.omnigrpo.shared_prefix_attention(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        layout.prefix_lengths,
+        [len(lengths) for lengths in layout.completion_lengths],
+        [length for lengths in layout.completion_lengths for length in lengths],
+        layout.prefix_queries,
+        q_TNH.shape[2] ** -0.5 if scale is None else scale,
+    )
+    return out_TNH
 
 
 def _check_inputs(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPrefixLayout) -> None:
@@ -134,7 +172,9 @@ def _check_inputs(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPre
         )
     if q_TNH.shape[2] != k_TKH.shape[2]:
         raise ValueError(f"shared_prefix_attention: got {shapes}; H of q, k and v must be equal")
-    if k_TKH.shape[1] == 0 or q_TNH.shape[1] % k_TKH.shape[1]:
+    if q_TNH.shape[2] == 0:
+        raise ValueError(f"shared_prefix_attention: got {shapes}; H must be at least 1")
+    if 0 in (q_TNH.shape[1], k_TKH.shape[1]) or q_TNH.shape[1] % k_TKH.shape[1]:
         raise ValueError(f"shared_prefix_attention: got {shapes}; N must be a multiple of K")
     if (q_TNH.shape[0], k_TKH.shape[0]) != (layout.num_query_rows, layout.num_rows):
         raise ValueError(
@@ -144,6 +184,10 @@ def _check_inputs(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPre
     if len({q_TNH.dtype, k_TKH.dtype, v_TKH.dtype}) > 1 or not q_TNH.dtype.is_floating_point:
         raise ValueError(
             f"shared_prefix_attention: got q {q_TNH.dtype}, k {k_TKH.dtype}, v {v_TKH.dtype}; give one float dtype"
+        )
+    if q_TNH.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(
+            f"shared_prefix_attention: got {q_TNH.dtype}; give bfloat16, float16, float32 or float64"
         )
     if len({q_TNH.device, k_TKH.device, v_TKH.device}) > 1:
         raise ValueError(

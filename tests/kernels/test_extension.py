@@ -181,6 +181,17 @@ def test_status_names_each_op_and_why_a_kernel_is_not_active() -> None:
         )
 
 
+def test_status_of_shared_prefix_attention() -> None:
+    cpu, cuda = (status for status in kernel_status() if status.op == "shared_prefix_attention")
+    assert (cpu.device, cpu.active) == ("cpu", True)
+    head_reasons = {status.reason for status in kernel_status() if status.device == "cuda"}
+    assert (cuda.device, cuda.active, {cuda.reason}) == (
+        "cuda",
+        cuda.implementation == "Triton",
+        head_reasons,
+    )
+
+
 def test_status_follows_the_instruction_set(compiled: ModuleType) -> None:
     compiled.use_cpu_isa("baseline")
     assert kernel_status()[0].implementation == "C++ (baseline)"

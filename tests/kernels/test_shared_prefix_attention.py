@@ -1,12 +1,17 @@
-import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-from omnigrpo_kernels import shared_prefix_attention as module
-from omnigrpo_kernels.shared_prefix_attention import group_mask, shared_prefix_attention
+from omnigrpo_kernels.shared_prefix_attention import (
+    group_mask,
+    shared_prefix_attention,
+    shared_prefix_attention_reference,
+)
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 LAYOUTS = {
@@ -21,6 +26,9 @@ LAYOUTS = {
     ),
     "prefill": SharedPrefixLayout(prefix_lengths=(5, 1, 2), completion_lengths=((), (), ())),
     "prefill beside a group": SharedPrefixLayout(prefix_lengths=(5, 4), completion_lengths=((), (2, 3))),
+    "lengths of several batches": SharedPrefixLayout(
+        prefix_lengths=(9, 4), completion_lengths=((70, 1, 34), (60, 0, 33))
+    ),
 }
 HEADS = {"MHA": (3, 3), "GQA": (6, 2), "MQA": (4, 1)}
 HEAD_WIDTH = 5
@@ -38,28 +46,44 @@ def causal_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, scale: float) 
     return torch.einsum("nij,jnh->inh", scores.masked_fill(future, -torch.inf).softmax(-1), v_TNH)
 
 
+def sdpa_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, scale: float) -> Tensor:
+    """One whole sequence, by PyTorch."""
+    q, k, v = (rows.transpose(0, 1)[None] for rows in (q_TNH, k_TKH, v_TKH))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
 def dense_attention(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: SharedPrefixLayout, scale: float
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    layout: SharedPrefixLayout,
+    scale: float,
+    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor] = causal_attention,
 ) -> Tensor:
     """Each sequence alone, with its prefix repeated; results in packed order."""
     outputs, start = [], 0
     for prefix, lengths in zip(layout.prefix_lengths, layout.completion_lengths, strict=True):
         prefix_rows = torch.arange(start, start + prefix)
-        outputs.append(causal_attention(q_TNH[prefix_rows], k_TKH[prefix_rows], v_TKH[prefix_rows], scale))
+        outputs.append(attend(q_TNH[prefix_rows], k_TKH[prefix_rows], v_TKH[prefix_rows], scale))
         start += prefix
         for length in lengths:
             rows = torch.cat([prefix_rows, torch.arange(start, start + length)])
-            outputs.append(causal_attention(q_TNH[rows], k_TKH[rows], v_TKH[rows], scale)[prefix:])
+            outputs.append(attend(q_TNH[rows], k_TKH[rows], v_TKH[rows], scale)[prefix:])
             start += length
     return torch.cat(outputs)
 
 
 def random_qkv(
-    layout: SharedPrefixLayout, num_heads: int, num_kv_heads: int, dtype: torch.dtype = torch.float64
+    layout: SharedPrefixLayout,
+    num_heads: int,
+    num_kv_heads: int,
+    dtype: torch.dtype = torch.float64,
+    head_width: int = HEAD_WIDTH,
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(layout.num_rows)
     q_TNH, k_TKH, v_TKH = (
-        torch.randn(layout.num_rows, heads, HEAD_WIDTH, dtype=torch.float64, generator=generator).to(dtype)
+        torch.randn(layout.num_rows, heads, head_width, dtype=torch.float64, generator=generator).to(dtype)
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     )
     return q_TNH.requires_grad_(), k_TKH.requires_grad_(), v_TKH.requires_grad_()
@@ -80,17 +104,47 @@ def test_output_and_gradients_equal_each_sequence_alone(
     torch.testing.assert_close(packed_grads, dense_grads, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision_is_as_close_as_the_dense_computation(dtype: torch.dtype) -> None:
-    layout = LAYOUTS["several groups"]
-    qkv = random_qkv(layout, 6, 2, dtype)
-    scale = HEAD_WIDTH**-0.5
-    q_TNH, k_TKH, v_TKH = qkv
-    exact = dense_attention(q_TNH.double(), k_TKH.double(), v_TKH.double(), layout, scale=scale)
-    dense_error = (dense_attention(*qkv, layout, scale=scale).double() - exact).abs().max()
-    packed = shared_prefix_attention(*qkv, layout)
-    assert packed.dtype == dtype
-    assert (packed.double() - exact).abs().max() <= 2 * dense_error + torch.finfo(dtype).eps
+def relative_errors(actual: Iterable[Tensor], exact: Iterable[Tensor]) -> list[float]:
+    return [
+        float((a.detach().double() - e.detach()).norm() / e.detach().norm())
+        for a, e in zip(actual, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "head_width"),
+    [
+        (SharedPrefixLayout(prefix_lengths=(300,), completion_lengths=((40,) * 5,)), 64),
+        (SharedPrefixLayout(prefix_lengths=(90, 300), completion_lengths=((17, 40, 33), (280,))), 128),
+        (SharedPrefixLayout(prefix_lengths=(50,), completion_lengths=((9, 40, 30, 1),)), 32),
+    ],
+    ids=["P=300 R=40 G=5 H=64", "uneven H=128", "small H=32"],
+)
+@pytest.mark.parametrize("spread", [1.0, 4.0], ids=["flat", "peaked"])
+def test_errors_are_at_most_twice_those_of_dense_attention(
+    dtype: torch.dtype, layout: SharedPrefixLayout, head_width: int, spread: float
+) -> None:
+    q_TNH, k_TKH, v_TKH = random_qkv(layout, 6, 2, dtype, head_width)
+    qkv = ((q_TNH.detach() * spread).requires_grad_(), k_TKH, v_TKH)
+    wide = tuple(x.detach().double().requires_grad_() for x in qkv)
+    upstream = torch.randn(qkv[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(
+        dtype
+    )
+
+    def run(
+        attention: Callable[..., Tensor], inputs: tuple[Tensor, ...], *args: object
+    ) -> tuple[Tensor, ...]:
+        out = attention(*inputs, *args)
+        return out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))
+
+    scale = head_width**-0.5
+    exact = run(dense_attention, wide, layout, scale)
+    dense = relative_errors(run(dense_attention, qkv, layout, scale, sdpa_attention), exact)
+    packed_results = run(shared_prefix_attention, qkv, layout)
+    assert {result.dtype for result in packed_results} == {dtype}
+    for error, bound in zip(relative_errors(packed_results, exact), dense, strict=True):
+        assert error <= 2 * bound
 
 
 @each_layout
@@ -157,44 +211,112 @@ def test_first_use_in_inference_mode_does_not_break_a_later_backward() -> None:
     assert q_TNH.grad is not None
 
 
-@pytest.mark.parametrize(
-    ("layout", "is_kept"),
-    [
-        (SharedPrefixLayout(prefix_lengths=(13,), completion_lengths=((2, 3),)), True),
-        (SharedPrefixLayout(prefix_lengths=(2000,), completion_lengths=((500, 500),)), False),
-    ],
-    ids=["small", "36 MB"],
-)
-def test_only_small_masks_stay_in_memory_after_the_call(
-    monkeypatch: pytest.MonkeyPatch, layout: SharedPrefixLayout, is_kept: bool
-) -> None:
-    masks: list[weakref.ref[Tensor]] = []
-
-    def attention(q: Tensor, *_: Tensor, attn_mask: Tensor, **__: object) -> Tensor:
-        masks.append(weakref.ref(attn_mask))
-        return q
-
-    monkeypatch.setattr(module, "scaled_dot_product_attention", attention)
-    qkv = random_qkv(layout, 1, 1, torch.float32)
-    for _ in range(2):
-        shared_prefix_attention(*qkv, layout)
-    assert [mask() is not None for mask in masks] == [is_kept, is_kept]
+@each_layout
+@each_heads
+def test_reference_is_the_same(layout: SharedPrefixLayout, num_heads: int, num_kv_heads: int) -> None:
+    q_TNH, k_TKH, v_TKH = random_qkv(layout, num_heads, num_kv_heads)
+    torch.testing.assert_close(
+        shared_prefix_attention_reference(q_TNH, k_TKH, v_TKH, layout),
+        shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout),
+        rtol=0,
+        atol=1e-9,
+    )
 
 
-def test_layers_of_one_pass_save_one_large_mask_for_the_backward() -> None:
-    layout = SharedPrefixLayout(prefix_lengths=(2000,), completion_lengths=((500, 501),))
-    qkv = random_qkv(layout, 1, 1, torch.float32)
-    masks: set[int] = set()
+@pytest.mark.parametrize("prefix_queries", [True, False])
+def test_gradcheck(prefix_queries: bool) -> None:
+    layout = SharedPrefixLayout(
+        prefix_lengths=(3, 2), completion_lengths=((2, 0, 3), (1,)), prefix_queries=prefix_queries
+    )
+    q_TNH, k_TKH, v_TKH = random_qkv(layout, 4, 2)
+    q_TNH = q_TNH.detach()[: layout.num_query_rows].requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: shared_prefix_attention(q, k, v, layout, scale=0.7), (q_TNH, k_TKH, v_TKH)
+    )
 
-    def pack(saved: Tensor) -> Tensor:
-        if saved.shape[-2:] == (layout.num_rows, layout.num_rows):
-            masks.add(saved.data_ptr())
-        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        layers = [shared_prefix_attention(*qkv, layout) for _ in range(3)]
-    assert len(layers) == 3
-    assert len(masks) == 1
+def test_gradients_of_causal_parts_longer_than_a_block() -> None:
+    """More rows than a block on the diagonal has, in the prefix and in a completion."""
+    layout = SharedPrefixLayout(prefix_lengths=(300,), completion_lengths=((270, 530),))
+    qkv = random_qkv(layout, 2, 1)
+    upstream = torch.randn(layout.num_rows, 2, HEAD_WIDTH, dtype=torch.float64)
+    packed = torch.autograd.grad(shared_prefix_attention(*qkv, layout), qkv, upstream)
+    dense = torch.autograd.grad(dense_attention(*qkv, layout, HEAD_WIDTH**-0.5), qkv, upstream)
+    torch.testing.assert_close(packed, dense, rtol=0, atol=1e-9)
+
+
+def test_pieces_for_many_cores_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = SharedPrefixLayout(prefix_lengths=(300,), completion_lengths=((211, 90, 200),))
+    qkv = random_qkv(layout, 4, 2)
+    upstream = torch.randn(layout.num_rows, 4, HEAD_WIDTH, dtype=torch.float64)
+    results = []
+    for num_threads in (1, 7, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
+        out = shared_prefix_attention(*qkv, layout)
+        results.append((out, *torch.autograd.grad(out, qkv, upstream)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
+    layout = SharedPrefixLayout(prefix_lengths=(150, 40), completion_lengths=((40, 41, 7), (70,)))
+    qkv = random_qkv(layout, 6, 2, dtype, 64)
+
+    def run() -> tuple[Tensor, ...]:
+        out = shared_prefix_attention(*qkv, layout)
+        return out, *torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+    first = run()
+    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS["several groups"], LAYOUTS["prefill"]], ids=["groups", "prefill"])
+@pytest.mark.parametrize("prefix_queries", [True, False])
+def test_op_keeps_the_rules_of_pytorchs_dispatcher(layout: SharedPrefixLayout, prefix_queries: bool) -> None:
+    layout = replace(layout, prefix_queries=prefix_queries)
+    q_TNH, k_TKH, v_TKH = random_qkv(layout, 4, 2, torch.float32)
+    counts = [len(lengths) for lengths in layout.completion_lengths]
+    lengths = [length for group in layout.completion_lengths for length in group]
+    constants = (list(layout.prefix_lengths), counts, lengths, prefix_queries, 0.3)
+    inputs = (q_TNH.detach()[: layout.num_query_rows].requires_grad_(), k_TKH, v_TKH)
+    torch.library.opcheck(torch.ops.omnigrpo.shared_prefix_attention.default, (*inputs, *constants))
+    with torch.no_grad():
+        out, lse = torch.ops.omnigrpo.shared_prefix_attention(*inputs, *constants)
+        backward = (torch.randn_like(out), *(x.detach() for x in inputs), out, lse, *constants)
+        torch.library.opcheck(torch.ops.omnigrpo.shared_prefix_attention_backward.default, backward)
+
+
+def test_cpu_kernels_are_registered() -> None:
+    for op in ("shared_prefix_attention", "shared_prefix_attention_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"omnigrpo::{op}", "CPU")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_recomputes_the_same(use_reentrant: bool) -> None:
+    layout = LAYOUTS["uneven"]
+    qkv = random_qkv(layout, 4, 2)
+    plain = torch.autograd.grad(shared_prefix_attention(*qkv, layout).square().sum(), qkv)
+    kept = checkpoint(shared_prefix_attention, *qkv, layout, use_reentrant=use_reentrant)
+    assert isinstance(kept, Tensor)
+    kept.square().sum().backward()
+    assert all(torch.equal(x.grad, grad) for x, grad in zip(qkv, plain, strict=True) if x.grad is not None)
+    assert all(x.grad is not None for x in qkv)
+
+
+def test_only_wanted_gradients() -> None:
+    layout = LAYOUTS["uneven"]
+    q_TNH, k_TKH, v_TKH = random_qkv(layout, 4, 2)
+    whole = torch.autograd.grad(shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout).sum(), (k_TKH,))
+    out = shared_prefix_attention(q_TNH.detach(), k_TKH, v_TKH.detach(), layout)
+    assert torch.equal(torch.autograd.grad(out.sum(), (k_TKH,))[0], whole[0])
+    assert not shared_prefix_attention(q_TNH.detach(), k_TKH.detach(), v_TKH.detach(), layout).requires_grad
+
+
+def test_no_grad_saves_nothing() -> None:
+    qkv = random_qkv(LAYOUTS["uneven"], 4, 2)
+    with torch.no_grad():
+        assert not shared_prefix_attention(*qkv, LAYOUTS["uneven"]).requires_grad
 
 
 def test_group_mask_by_hand() -> None:
@@ -238,6 +360,8 @@ def test_bad_layout_is_refused(prefix_lengths: tuple, completion_lengths: tuple,
         ((17, 4, 8), (16, 2, 8), (16, 2, 8), "17 rows of q and 17 of k and v"),
         ((17, 4, 8), (17, 3, 8), (17, 3, 8), "N must be a multiple of K"),
         ((18, 4, 8), (18, 2, 8), (18, 2, 8), "layout of 17 rows of q"),
+        ((17, 4, 0), (17, 2, 0), (17, 2, 0), r"q \(17, 4, 0\).*H must be at least 1"),
+        ((17, 0, 8), (17, 2, 8), (17, 2, 8), r"q \(17, 0, 8\).*N must be a multiple of K"),
     ],
 )
 def test_bad_shapes_are_refused(q_shape: tuple, k_shape: tuple, v_shape: tuple, message: str) -> None:
@@ -253,3 +377,16 @@ def test_mixed_and_integer_dtypes_are_refused() -> None:
         shared_prefix_attention(q_TNH.float(), k_TKH, v_TKH, LAYOUTS["uneven"])
     with pytest.raises(ValueError, match="give one float dtype"):
         shared_prefix_attention(q_TNH.long(), k_TKH.long(), v_TKH.long(), LAYOUTS["uneven"])
+
+
+def test_two_devices_are_refused() -> None:
+    q_TNH, k_TKH, v_TKH = random_qkv(LAYOUTS["uneven"], 4, 2)
+    with pytest.raises(ValueError, match="q on cpu, k on meta, v on cpu; give one device"):
+        shared_prefix_attention(q_TNH, k_TKH.to("meta"), v_TKH, LAYOUTS["uneven"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_dtypes_without_a_kernel_are_refused(dtype: torch.dtype) -> None:
+    q_TNH, k_TKH, v_TKH = (x.detach().to(dtype) for x in random_qkv(LAYOUTS["uneven"], 4, 2))
+    with pytest.raises(ValueError, match=f"got {dtype}; give bfloat16, float16, float32 or float64"):
+        shared_prefix_attention(q_TNH, k_TKH, v_TKH, LAYOUTS["uneven"])
