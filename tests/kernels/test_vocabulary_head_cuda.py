@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -646,72 +647,17 @@ VARYING_LENGTHS = {"num_rows", "num_live", "num_pairs", "num_tile_rows", "group"
 """Differ from call to call: a kernel compiled for one of their values would be compiled again and again."""
 
 
-class AheadOfTime:
-    """Takes the place of every launch: compiles the kernel for its arguments, and runs nothing."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-        self.binaries: list[tuple[str, Any]] = []
-
-    def launch(self, kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        assert len(grid) == 1
-        assert all(param.do_not_specialize for param in kernel.params if param.name in VARYING_LENGTHS)
-        named = {name: kwargs.pop(name) for name in kernel.arg_names if name in kwargs}
-        arguments = dict(zip(kernel.arg_names, args, strict=False)) | named
-        assert list(arguments) == kernel.arg_names
-        signature = {
-            param.name: self.type_of(arguments[param.name], fixed=param.is_constexpr)
-            for param in kernel.params
-        }
-        source = ASTSource(
-            kernel,
-            signature=signature,
-            constexprs={name: arguments[name] for name, kind in signature.items() if kind == "constexpr"},
-            attrs={
-                (index,): [["tt.divisibility", 16]]
-                for index, param in enumerate(kernel.params)
-                if self.is_aligned(param, arguments[param.name], signature[param.name])
-            },
-        )
-        target = GPUTarget("cuda", self.capability, 32)
-        self.binaries.append((kernel.__name__, triton.compile(source, target=target, options=kwargs)))
-
-    @staticmethod
-    def is_aligned(param: Any, argument: Any, kind: str) -> bool:
-        """What the launch of a large vocabulary finds: pointers, and the lengths that it specialises on."""
-        if kind.startswith("*"):
-            return not param.do_not_specialize_on_alignment
-        return kind == "i32" and argument % 16 == 0 and not param.do_not_specialize
-
-    @staticmethod
-    def type_of(argument: Any, *, fixed: bool) -> str:
-        if fixed:
-            return "constexpr"
-        short = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "int32": "i32", "int64": "i64"}
-        if isinstance(argument, Tensor):
-            return "*" + short[str(argument.dtype).removeprefix("torch.")]
-        if isinstance(argument, int):
-            return "i32"
-        if isinstance(argument, float):
-            return "fp32"
-        return f"tensordesc<{short[str(argument.base.dtype).removeprefix('torch.')]}{argument.block_shape}>"
-
-
 def compile_all(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, capability: int, dtype: torch.dtype, tiling: Tiling
+    ahead_of_time: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
+    capability: int,
+    dtype: torch.dtype,
+    tiling: Tiling,
 ) -> dict[str, list[Any]]:
     """Every kernel variant that the ops launch, by name."""
-    jit = pytest.importorskip("triton.runtime.jit")
-    ahead = AheadOfTime(capability)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    ahead = ahead_of_time.AheadOfTime(monkeypatch, cache, capability, VARYING_LENGTHS)
     monkeypatch.setattr(module, "WIDE", tiling)
-    monkeypatch.setattr(
-        jit.JITFunction, "run", lambda kernel, *args, **kwargs: ahead.launch(kernel, *args, **kwargs)
-    )
     rows, vocabulary, width = 256, 1008, 128
     hidden, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(vocabulary, width, dtype=dtype)
     pairs = torch.arange(rows)
@@ -723,19 +669,16 @@ def compile_all(
         vector = torch.ones(len(live), dtype=stat_dtype)
         factors = vector if factor else None
         head_gradients_cuda(exps, hidden[live], weight, live, vector, factors, factors, None, False, False)
-    binaries: dict[str, list[Any]] = {}
-    for name, binary in ahead.binaries:
-        binaries.setdefault(name, []).append(binary)
-    return binaries
+    return ahead.binaries
 
 
 @compiled
 @pytest.mark.slow
 @each_dtype
 def test_every_kernel_compiles_for_sm_90(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ahead_of_time: ModuleType, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    binaries = compile_all(monkeypatch, tmp_path, 90, dtype, WIDE)
+    binaries = compile_all(ahead_of_time, monkeypatch, tmp_path, 90, dtype, WIDE)
     launches = {name: len(built) for name, built in binaries.items()}
     assert launches == {
         "target_offsets": 2,
@@ -756,31 +699,25 @@ def test_every_kernel_compiles_for_sm_90(
             dtype == torch.bfloat16
         )
         assert "tf32" not in binary.asm["ptx"]
-        assert spilled_bytes(binary.asm["cubin"], tmp_path) <= 64
+        _, spilled_bytes = ahead_of_time.used_resources(binary, tmp_path)
+        assert spilled_bytes <= 64
     for binary in binaries["gather_rows"]:
         assert re.search(r"ld\.global\S*\.v[248]", binary.asm["ptx"])
 
 
 @compiled
-def test_float64_rows_compile_for_sm_90(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    binaries = compile_all(monkeypatch, tmp_path, 90, torch.float64, WIDE)
+def test_float64_rows_compile_for_sm_90(
+    ahead_of_time: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binaries = compile_all(ahead_of_time, monkeypatch, tmp_path, 90, torch.float64, WIDE)
     assert {name: len(built) for name, built in binaries.items()} == {"gather_rows": 3}
-
-
-def spilled_bytes(cubin: bytes, folder: Path) -> int:
-    """Stack of the kernel, which is nothing but registers that did not fit."""
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    (folder / "kernel.cubin").write_bytes(cubin)
-    listing = subprocess.run(
-        [tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True
-    ).stdout
-    return sum(int(size) for size in re.findall(r"STACK:(\d+)", listing))
 
 
 @compiled
 @pytest.mark.slow
-def test_the_narrow_tiling_compiles_for_sm_80(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for binary in compile_all(monkeypatch, tmp_path, 80, torch.bfloat16, NARROW)["exp_tiles"]:
+def test_the_narrow_tiling_compiles_for_sm_80(
+    ahead_of_time: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for binary in compile_all(ahead_of_time, monkeypatch, tmp_path, 80, torch.bfloat16, NARROW)["exp_tiles"]:
         assert binary.metadata.shared <= 99 * 1024
         assert "mma.sync.aligned" in binary.asm["ptx"]
