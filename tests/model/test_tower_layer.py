@@ -18,8 +18,8 @@ def projections() -> nn.ModuleList:
     return nn.ModuleList([nn.Linear(4, rows) for rows in (3, 5, 2)])
 
 
-def _weights(projections: nn.ModuleList) -> list[nn.Parameter]:
-    return [linear.get_parameter("weight") for linear in projections]
+def _weights(projections: nn.ModuleList) -> tuple[nn.Parameter, ...]:
+    return tuple(linear.get_parameter("weight") for linear in projections)
 
 
 def test_joined_rows_are_the_weights_and_share_their_memory(projections: nn.ModuleList) -> None:
@@ -54,7 +54,7 @@ def test_other_rows_of_the_same_storage_are_not_taken_for_neighbours(
     projections: nn.ModuleList, order: tuple[int, ...]
 ) -> None:
     join_rows(_weights(projections))
-    chosen = [_weights(projections)[index] for index in order]
+    chosen = tuple(_weights(projections)[index] for index in order)
     assert torch.equal(join_rows(chosen), torch.cat(chosen))
 
 

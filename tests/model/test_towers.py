@@ -138,10 +138,12 @@ def test_fused_layers_in_bfloat16_err_no_more_than_twice_what_transformers_err()
     siglip, whisper = _transformers_siglip(vision), _transformers_whisper(audio).encoder
 
     def siglip_features(dtype: torch.dtype) -> Tensor:
-        return siglip.to(dtype)(pixel_values=pixels.to(dtype), output_hidden_states=True).hidden_states[-2]
+        nn.Module.to(siglip, dtype)
+        return siglip(pixel_values=pixels.to(dtype), output_hidden_states=True).hidden_states[-2]
 
     def whisper_features(dtype: torch.dtype) -> Tensor:
-        return _pooled(whisper.to(dtype)(mel.to(dtype)).last_hidden_state, audio.config)
+        nn.Module.to(whisper, dtype)
+        return _pooled(whisper(mel.to(dtype)).last_hidden_state, audio.config)
 
     for ours, theirs in ((vision(pixels), siglip_features), (audio(mel), whisper_features)):
         exact = theirs(torch.float64)
@@ -153,8 +155,8 @@ def test_fused_layers_in_bfloat16_err_no_more_than_twice_what_transformers_err()
 def test_audio_tower_clamps_float16_as_transformers_does(small_config: HumanOmniConfig) -> None:
     torch.manual_seed(0)
     tower = AudioTower(small_config.audio).eval()
-    tower.audio_tower.encoder.layers[0].fc2.bias[3] = 65504
-    tower.audio_tower.encoder.layers[1].fc2.bias[3] = 65504
+    for layer in tower.audio_tower.encoder.layers:
+        layer.get_parameter("fc2.bias")[3] = 65504
     tower.half()
     mel = torch.randn(1, 20, 100).half()
     rows = tower(mel)

@@ -4,12 +4,17 @@ Shape suffixes: ``B`` clips, ``M`` mel bins, ``L`` mel frames, ``P`` positions, 
 ``D`` width.
 """
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from omnigrpo.model.config import AudioConfig
 from omnigrpo.model.tower_layer import TowerLayer
+
+if TYPE_CHECKING:
+    from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 FLOAT16_BOUND = torch.finfo(torch.float16).max - 1000
 """Where transformers clamps the residual stream in float16."""
@@ -51,12 +56,12 @@ class AudioTower(nn.Module):
         # Contiguous with D innermost: every sum with the residual stream keeps its layout.
         hidden_BPD = hidden_BDP.transpose(1, 2).contiguous().add_(encoder.embed_positions.weight)
         for layer in encoder.layers:
-            self._fused(layer).run_(hidden_BPD)
+            self._fused(cast("WhisperEncoderLayer", layer)).run_(hidden_BPD)
             if hidden_BPD.dtype == torch.float16:  # Of the 16-bit types only this one overflows.
                 hidden_BPD.clamp_(-FLOAT16_BOUND, FLOAT16_BOUND)
         return encoder.layer_norm(hidden_BPD)
 
-    def _fused(self, layer: nn.Module) -> TowerLayer:
+    def _fused(self, layer: "WhisperEncoderLayer") -> TowerLayer:
         attention = layer.self_attn
         return TowerLayer(
             attention_norm=layer.self_attn_layer_norm,

@@ -25,7 +25,7 @@ CLIPS_PER_PASS = {"cpu": 1, "cuda": 4}
 """Clips in every tower pass, by device type.
 
 A clip is 1568 rows of SigLIP and 1500 of Whisper. On two CPU cores that fills the GEMMs: 4 clips in one pass took
-1.00 to 1.07 times as long as 4 passes. Four of them are two or more waves of tiles on the multiprocessors of an H100.
+1.00 to 1.11 times as long as 4 passes. Four of them are two or more waves of tiles on the multiprocessors of an H100.
 """
 
 TEXT_ROWS = 0
@@ -116,7 +116,7 @@ class HumanOmni(nn.Module):
             rows[VIDEO_ROW] = self._visual_rows(with_video)
         if with_audio:
             rows[AUDIO_ROW] = self._audio_rows(with_audio)
-        return _interleave(ids_T, rows)
+        return interleave_rows(ids_T, rows)
 
     def freeze_towers(self) -> None:
         """Take both towers out of training."""
@@ -228,7 +228,7 @@ def _takes(item: PrefixInputs, row_id: int, num_tokens: int) -> bool:
     return True
 
 
-def _interleave(ids_T: Tensor, rows: Mapping[int, Tensor]) -> Tensor:
+def interleave_rows(ids_T: Tensor, rows: Mapping[int, Tensor]) -> Tensor:
     """Put every kind's rows where ``ids_T`` has them, in one copy; a kind is a negative id or TEXT_ROWS."""
     run_kinds, run_lengths = torch.unique_consecutive(ids_T.clamp(max=TEXT_ROWS), return_counts=True)
     runs = list(zip(run_kinds.tolist(), run_lengths.tolist(), strict=True))

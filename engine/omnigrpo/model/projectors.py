@@ -8,6 +8,8 @@ Shape suffixes: ``B`` clips, ``F`` frames, ``N`` patches of a frame, ``C`` tower
 ``Y``, ``X`` patch grid, ``V`` visual rows of a clip.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -142,9 +144,10 @@ class AllInOneSmall(nn.Module):
     def _convolve(self, features_BFNC: Tensor, branch: str) -> Tensor:
         """Stage, causal sampler over (previous frame, this frame) that halves the grid, stage, MLP."""
         clips = features_BFNC.shape[0]
+        sampler = cast("nn.Conv3d", self.get_submodule(f"sampler_{branch}.0"))
         image = features_BFNC.flatten(0, 1).unflatten(1, (self.grid, self.grid))
         video_BFYXD = self.get_submodule(f"s1_{branch}")(image).unflatten(0, (clips, -1))
-        video_BFYXD = functional.silu(_sample(video_BFYXD, self.get_submodule(f"sampler_{branch}.0")))
+        video_BFYXD = functional.silu(_sample(video_BFYXD, sampler))
         image = self.get_submodule(f"s2_{branch}")(video_BFYXD.flatten(0, 1))
         rows_BVD = image.unflatten(0, (clips, -1)).flatten(1, 3)
         return self.get_submodule(f"readout_{branch}")(rows_BVD)
@@ -161,7 +164,7 @@ class AllInOneSmall(nn.Module):
         return second(halved.unflatten(0, (clips, -1)).flatten(1, 3))
 
 
-def _sample(video_BFYXD: Tensor, conv: nn.Module) -> Tensor:
+def _sample(video_BFYXD: Tensor, conv: nn.Conv3d) -> Tensor:
     """The 2x2x2 convolution of strides (1, 2, 2) as one product; K is ordered (time, y, x, channel).
 
     The reference pads both ends of time and drops the last step: the same as a zero frame in front.

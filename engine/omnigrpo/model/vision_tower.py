@@ -3,11 +3,16 @@
 Shape suffixes: ``B`` frames, ``S`` side in pixels, ``N`` patches, ``D`` width.
 """
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor, nn
 
 from omnigrpo.model.config import VisionConfig
 from omnigrpo.model.tower_layer import TowerLayer
+
+if TYPE_CHECKING:
+    from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 
 class VisionTower(nn.Module):
@@ -34,7 +39,7 @@ class VisionTower(nn.Module):
         # The patch convolution leaves D outermost; every sum with the residual stream would keep it so.
         hidden_BND = hidden_BND.contiguous()
         for layer in layers:
-            self._fused(layer).run_(hidden_BND)
+            self._fused(cast("SiglipEncoderLayer", layer)).run_(hidden_BND)
         return hidden_BND
 
     @property
@@ -42,7 +47,7 @@ class VisionTower(nn.Module):
         """The dtype that pixels are cast to."""
         return self.vision_tower.vision_model.embeddings.patch_embedding.weight.dtype
 
-    def _fused(self, layer: nn.Module) -> TowerLayer:
+    def _fused(self, layer: "SiglipEncoderLayer") -> TowerLayer:
         attention = layer.self_attn
         return TowerLayer(
             attention_norm=layer.layer_norm1,
