@@ -24,7 +24,7 @@ from omnigrpo.schema import (
     Prompt,
 )
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raised whenever decoding, pixels, log-mel or towers change what they compute: older cached features are void."""
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omnigrpo.model.config import HumanOmniConfig
-from omnigrpo.model.humanomni import HumanOmni, reference_copy
+from omnigrpo.model.humanomni import CLIPS_PER_PASS, HumanOmni, reference_copy
 from omnigrpo.model.parts import part_of
 from omnigrpo.schema import AUDIO_ROW, VIDEO_ROW, ClipFeatures
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
@@ -29,6 +29,22 @@ def test_encode_runs_the_towers_clip_by_clip(model: HumanOmni) -> None:
         assert torch.equal(audio_alone, audio_AD)
         assert (vision_FND.shape, audio_AD.shape) == ((2, 16, 16), (16, 16))
         assert not vision_FND.requires_grad
+
+
+def test_passes_are_filled_up_to_one_shape(model: HumanOmni, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, mel = torch.randn(5, 2, 3, 32, 32), torch.randn(5, 20, 100)
+    one_by_one = model.encode(pixels, mel)
+    monkeypatch.setitem(CLIPS_PER_PASS, "cpu", 3)
+    shapes: list[tuple[int, ...]] = []
+    for tower in (model.model.vision_tower, model.model.audio_tower):
+        tower.register_forward_hook(lambda _m, args, _out: shapes.append(tuple(args[0].shape)))
+    together = model.encode(pixels, mel)
+    assert shapes == [(6, 3, 32, 32)] * 2 + [(3, 20, 100)] * 2
+    assert len(together) == 5
+    for features, alone in zip(together, one_by_one, strict=True):
+        torch.testing.assert_close(_both(features), _both(alone), rtol=0, atol=5e-6)
+    last = model.encode(pixels[3:4], mel[3:4])[0]
+    assert all(torch.equal(a, b) for a, b in zip(_both(last), _both(together[3]), strict=True))
 
 
 def test_encode_one_modality(model: HumanOmni) -> None:
@@ -61,6 +77,29 @@ def test_rows_of_a_prefix_are_text_video_and_audio_in_place(model: HumanOmni, ma
     torch.testing.assert_close(
         rows[ids == AUDIO_ROW], backbone.audio_projector(item.features.audio_AD), rtol=0, atol=1e-6
     )
+
+
+def test_prefixes_equal_an_embedding_of_all_rows_with_features_written_over_it(
+    model: HumanOmni, make_inputs
+) -> None:
+    model = model.double()
+    inputs = [make_inputs(seed=0), make_inputs("which voice?", ("audio",), seed=1), make_inputs("who?", ())]
+    backbone, ids_T = model.model, torch.cat([item.token_ids_P for item in inputs])
+    visual = model.embed_prefixes(inputs[:1])[inputs[0].token_ids_P == VIDEO_ROW]
+    audio = backbone.audio_projector(
+        torch.cat(
+            [item.features.audio_AD for item in inputs[:2] if item.features.audio_AD is not None]
+        ).double()
+    )
+    plain = backbone.embed_tokens(ids_T.clamp(min=0))
+    plain = plain.index_copy(0, (ids_T == VIDEO_ROW).nonzero()[:, 0], visual)
+    plain = plain.index_copy(0, (ids_T == AUDIO_ROW).nonzero()[:, 0], audio)
+    packed = model.embed_prefixes(inputs)
+    torch.testing.assert_close(packed, plain, rtol=0, atol=1e-12)
+    weight_TD = torch.randn(packed.shape, dtype=torch.float64)
+    parameters = (backbone.embed_tokens.weight, *backbone.audio_projector.parameters())
+    ours, theirs = (torch.autograd.grad((rows * weight_TD).sum(), parameters) for rows in (packed, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_packed_prefixes_and_their_gradients_equal_each_alone(model: HumanOmni, make_inputs) -> None:

@@ -1,8 +1,14 @@
 """The trainable projectors: three visual branches fused into visual rows, and the audio MLP.
 
+Images lie channels-last, as the towers' patch rows do: pointwise convolutions and the sampler are matrix products
+of rows, and nothing is transposed between the towers and the decoder. The modules named ``conv`` hold weights in
+the reference's shapes.
+
 Shape suffixes: ``B`` clips, ``F`` frames, ``N`` patches of a frame, ``C`` tower width, ``D`` decoder width,
 ``Y``, ``X`` patch grid, ``V`` visual rows of a clip.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +34,9 @@ class ChannelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, image_BCYX: Tensor) -> Tensor:
+    def forward(self, image_BYXC: Tensor) -> Tensor:
         """Normalise over C at every place."""
-        image_BYXC = image_BCYX.permute(0, 2, 3, 1)
-        normed = functional.layer_norm(
-            image_BYXC, self.weight.shape, self.weight, self.bias, CHANNEL_NORM_EPS
-        )
-        return normed.permute(0, 3, 1, 2)
+        return functional.layer_norm(image_BYXC, self.weight.shape, self.weight, self.bias, CHANNEL_NORM_EPS)
 
 
 class ConvNorm(nn.Module):
@@ -50,10 +52,14 @@ class ConvNorm(nn.Module):
         self.bn = ChannelNorm(channels_out)
         self.act = act
 
-    def forward(self, image_BCYX: Tensor) -> Tensor:
+    def forward(self, image_BYXC: Tensor) -> Tensor:
         """Keep the image's height and width."""
-        image_BCYX = self.bn(self.conv(image_BCYX))
-        return functional.silu(image_BCYX) if self.act else image_BCYX
+        if self.conv.kernel_size == (1, 1):
+            image_BYXC = functional.linear(image_BYXC, self.conv.weight.flatten(1))
+        else:
+            image_BYXC = self.conv(image_BYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        image_BYXC = self.bn(image_BYXC)
+        return functional.silu(image_BYXC) if self.act else image_BYXC
 
 
 class SqueezeExcite(nn.Module):
@@ -64,10 +70,12 @@ class SqueezeExcite(nn.Module):
         self.fc1 = nn.Conv2d(channels, hidden, 1)
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
-    def forward(self, image_BCYX: Tensor) -> Tensor:
+    def forward(self, image_BYXC: Tensor) -> Tensor:
         """Scale each channel by ``sigmoid(fc2(silu(fc1(mean))))``."""
-        mean_BC11 = image_BCYX.mean((2, 3), keepdim=True)
-        return image_BCYX * self.fc2(functional.silu(self.fc1(mean_BC11))).sigmoid()
+        mean_BC = image_BYXC.mean((1, 2))
+        hidden = functional.silu(functional.linear(mean_BC, self.fc1.weight.flatten(1), self.fc1.bias))
+        gates_BC = functional.linear(hidden, self.fc2.weight.flatten(1), self.fc2.bias).sigmoid()
+        return image_BYXC * gates_BC[:, None, None]
 
 
 class Bottleneck(nn.Module):
@@ -83,10 +91,10 @@ class Bottleneck(nn.Module):
             ConvNorm(channels_in, channels_out, act=False) if channels_in != channels_out else None
         )
 
-    def forward(self, image_BCYX: Tensor) -> Tensor:
+    def forward(self, image_BYXC: Tensor) -> Tensor:
         """Keep height and width; the shortcut is projected when the channel count changes."""
-        shortcut = image_BCYX if self.downsample is None else self.downsample(image_BCYX)
-        return functional.silu(self.conv3(self.se(self.conv2(self.conv1(image_BCYX)))) + shortcut)
+        shortcut = image_BYXC if self.downsample is None else self.downsample(image_BYXC)
+        return functional.silu(self.conv3(self.se(self.conv2(self.conv1(image_BYXC)))) + shortcut)
 
 
 class Stage(nn.Module):
@@ -99,11 +107,11 @@ class Stage(nn.Module):
                 f"b{index + 1}", Bottleneck(channels_in if index == 0 else channels_out, channels_out)
             )
 
-    def forward(self, image_BCYX: Tensor) -> Tensor:
+    def forward(self, image_BYXC: Tensor) -> Tensor:
         """Run the bottlenecks in order."""
         for block in self.children():
-            image_BCYX = block(image_BCYX)
-        return image_BCYX
+            image_BYXC = block(image_BYXC)
+        return image_BYXC
 
 
 class AllInOneSmall(nn.Module):
@@ -128,26 +136,41 @@ class AllInOneSmall(nn.Module):
 
     def forward(self, features_BFNC: Tensor, weights_B3: Tensor) -> Tensor:
         """Return the (video, body, face) branches' weighted sum, ``[B, V, D]``, V ordered (F, Y, X)."""
-        branches = (self._convolve(features_BFNC, "video"), self._convolve(features_BFNC, "body"))
-        branches_B3VD = torch.stack([*branches, self._pool(features_BFNC)], dim=1)
-        return (weights_B3[:, :, None, None] * branches_B3VD).sum(1)
+        video, body, face = weights_B3[:, :, None, None].unbind(1)
+        fused_BVD = video * self._convolve(features_BFNC, "video")
+        fused_BVD = torch.addcmul(fused_BVD, body, self._convolve(features_BFNC, "body"))
+        return torch.addcmul(fused_BVD, face, self._pool(features_BFNC))
 
     def _convolve(self, features_BFNC: Tensor, branch: str) -> Tensor:
         """Stage, causal sampler over (previous frame, this frame) that halves the grid, stage, MLP."""
-        clips, frames = features_BFNC.shape[:2]
-        image = features_BFNC.flatten(0, 1).transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        image = self.get_submodule(f"s1_{branch}")(image)
-        volume_BDFYX = image.unflatten(0, (clips, frames)).transpose(1, 2)
-        # The reference pads both ends of time and drops the last step: the same as a zero frame in front.
-        padded = functional.pad(volume_BDFYX, (0, 0, 0, 0, 1, 0))
-        volume_BDFYX = functional.silu(self.get_submodule(f"sampler_{branch}")(padded))
-        image = self.get_submodule(f"s2_{branch}")(volume_BDFYX.transpose(1, 2).flatten(0, 1))
-        rows_BVD = image.unflatten(0, (clips, frames)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+        clips = features_BFNC.shape[0]
+        sampler = cast("nn.Conv3d", self.get_submodule(f"sampler_{branch}.0"))
+        image = features_BFNC.flatten(0, 1).unflatten(1, (self.grid, self.grid))
+        video_BFYXD = self.get_submodule(f"s1_{branch}")(image).unflatten(0, (clips, -1))
+        video_BFYXD = functional.silu(_sample(video_BFYXD, sampler))
+        image = self.get_submodule(f"s2_{branch}")(video_BFYXD.flatten(0, 1))
+        rows_BVD = image.unflatten(0, (clips, -1)).flatten(1, 3)
         return self.get_submodule(f"readout_{branch}")(rows_BVD)
 
     def _pool(self, features_BFNC: Tensor) -> Tensor:
-        """MLP per patch, then the mean of 2x2 patches (the reference's bilinear halving equals it)."""
+        """MLP per patch, then the mean of 2x2 patches (the reference's bilinear halving equals it).
+
+        The mean is taken before the second linear layer, which commutes with it and then sees a quarter of the rows.
+        """
         clips = features_BFNC.shape[0]
-        rows = self.mlp_2xgelu_face(features_BFNC).flatten(0, 1)
-        image = functional.avg_pool2d(rows.transpose(1, 2).unflatten(2, (self.grid, self.grid)), 2)
-        return image.flatten(2).transpose(1, 2).unflatten(0, (clips, -1)).flatten(1, 2)
+        first, activation, second = self.mlp_2xgelu_face
+        image = activation(first(features_BFNC)).flatten(0, 1).unflatten(1, (self.grid, self.grid))
+        halved = functional.avg_pool2d(image.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        return second(halved.unflatten(0, (clips, -1)).flatten(1, 3))
+
+
+def _sample(video_BFYXD: Tensor, conv: nn.Conv3d) -> Tensor:
+    """The 2x2x2 convolution of strides (1, 2, 2) as one product; K is ordered (time, y, x, channel).
+
+    The reference pads both ends of time and drops the last step: the same as a zero frame in front.
+    """
+    before = functional.pad(video_BFYXD, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+    pairs_BFTYXD = torch.stack([before, video_BFYXD], dim=2)
+    halves = pairs_BFTYXD.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
+    patches = halves.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+    return functional.linear(patches, conv.weight.permute(0, 2, 3, 4, 1).flatten(1), conv.bias)

@@ -3,17 +3,23 @@
 Shape suffixes: ``B`` frames, ``S`` side in pixels, ``N`` patches, ``D`` width.
 """
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor, nn
 
 from omnigrpo.model.config import VisionConfig
+from omnigrpo.model.tower_layer import TowerLayer
+
+if TYPE_CHECKING:
+    from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 
 class VisionTower(nn.Module):
     """SigLIP vision transformer whose patch features feed the visual projector.
 
     The last layers, the post-norm and the pooling head are held, as the reference checkpoint holds them,
-    but never computed.
+    but never computed. Without gradients the layers run fused; with gradients, as transformers wrote them.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -25,14 +31,34 @@ class VisionTower(nn.Module):
         """Return ``hidden_states[select_layer]`` ``[B, N, D]`` in the tower's dtype."""
         siglip = self.vision_tower.vision_model
         hidden_BND = siglip.embeddings(pixels_B3SS.to(self.dtype_of_weights))
-        for layer in siglip.encoder.layers[: self.config.num_computed_layers]:
-            hidden_BND = layer(hidden_BND, None)
+        layers = siglip.encoder.layers[: self.config.num_computed_layers]
+        if torch.is_grad_enabled():
+            for layer in layers:
+                hidden_BND = layer(hidden_BND, None)
+            return hidden_BND
+        # The patch convolution leaves D outermost; every sum with the residual stream would keep it so.
+        hidden_BND = hidden_BND.contiguous()
+        for layer in layers:
+            self._fused(cast("SiglipEncoderLayer", layer)).run_(hidden_BND)
         return hidden_BND
 
     @property
     def dtype_of_weights(self) -> torch.dtype:
         """The dtype that pixels are cast to."""
         return self.vision_tower.vision_model.embeddings.patch_embedding.weight.dtype
+
+    def _fused(self, layer: "SiglipEncoderLayer") -> TowerLayer:
+        attention = layer.self_attn
+        return TowerLayer(
+            attention_norm=layer.layer_norm1,
+            projections=(attention.q_proj, attention.k_proj, attention.v_proj),
+            attention_out=attention.out_proj,
+            ffn_norm=layer.layer_norm2,
+            ffn_in=layer.mlp.fc1,
+            ffn_out=layer.mlp.fc2,
+            num_heads=self.config.num_heads,
+            gelu="tanh",
+        )
 
 
 class _SiglipHolder(nn.Module):
