@@ -267,11 +267,13 @@ def test_completions_carry_the_version_that_made_them(builders, policy, prefixes
     assert versions == [{0}, {1}, {2}]
 
 
-def test_a_group_over_the_budget_is_refused_before_the_rollout(builders, policy, prefixes):
-    rows = max(len(prefix.token_ids_P) for prefix in prefixes) + 3 * 8
+def test_a_prompt_over_the_budget_is_refused_before_the_rollout(builders, policy, prefixes):
+    rows = max(len(prefix.token_ids_P) for prefix in prefixes) + 8
     builders.trainer(policy, prefixes, budget_rows=rows).step()
     trainer = builders.trainer(policy, prefixes, budget_rows=rows - 1)
-    with pytest.raises(ValueError, match=r"prompt 'd'.*budget_rows"):
+    with pytest.raises(
+        ValueError, match=rf"prompt 'd' may need {rows - 8} \+ 8 rows.*budget_rows is {rows - 1}"
+    ):
         trainer.step()
     assert trainer.rollout.counters.prefixes_prefilled == 0
     assert not builders.gradients(trainer)

@@ -2,7 +2,7 @@
 
 Shape suffixes: ``P`` prefix rows, ``R`` completion tokens, ``T`` packed rows, ``C`` completion tokens of a
 pack, ``S`` sequences (completions) of a pack, ``F`` frames, ``N`` patches of a frame, ``A`` pooled audio
-positions, ``M`` mel bins, ``L`` mel frames, ``D`` width.
+positions, ``M`` mel bins, ``L`` mel frames, ``D`` width, ``3`` the time, height and width rows of M-RoPE positions.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
@@ -101,6 +102,27 @@ class PrefixInputs:
     question_ids: Tensor
     """int64: the gate's (BERT) token ids of the question, special tokens included."""
     features: ClipFeatures
+    positions_3P: Tensor | None = None
+    """int64 ``[3, P]`` on the CPU: M-RoPE positions; None for 0..P-1."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for positions of another number of rows."""
+        expected = (3, len(self.token_ids_P))
+        if self.positions_3P is not None and tuple(self.positions_3P.shape) != expected:
+            raise ValueError(
+                f"the prefix of prompt {self.prompt.prompt_id!r} has positions of shape "
+                f"{tuple(self.positions_3P.shape)} for {expected[1]} rows; give {expected}, or none for 0, 1, 2, ..."
+            )
+
+    @property
+    def positions(self) -> Tensor:
+        """int64: rotary position of every row, ``[P]`` or ``[3, P]``."""
+        return torch.arange(len(self.token_ids_P)) if self.positions_3P is None else self.positions_3P
+
+    @property
+    def next_position(self) -> int:
+        """Where every completion begins: one above the largest position, in all three rows alike."""
+        return len(self.token_ids_P) if self.positions_3P is None else int(self.positions_3P.max()) + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +132,18 @@ class Prefix:
     inputs: PrefixInputs
     embeddings_PD: Tensor
     """``[P, D]`` in the decoder's dtype, detached."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixStates:
+    """What the decoder keeps of prefixes for the rows that follow them."""
+
+    hidden_TD: Tensor
+    """``[T, D]``: hidden states after the final norm of all prefix rows, packed."""
+    keys: tuple[Tensor, ...]
+    """Per layer ``[T, key/value heads, head width]``, rotated."""
+    values: tuple[Tensor, ...]
+    """Per layer ``[T, key/value heads, head width]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +190,8 @@ class PackedGroups:
     inputs: tuple[PrefixInputs, ...]
     """One per group, in packed order."""
     positions_T: Tensor
-    """int64 ``[T]``: 0..P-1 over a prefix, P.. over each of its completions."""
+    """int64 ``[T]``: 0..P-1 over a prefix, P.. over each of its completions. ``[3, T]`` where a prefix has M-RoPE
+    positions: its completions go on above its largest one."""
     prefix_rows: Tensor
     """int64 ``[sum P]``: packed rows of all prefix tokens, in order."""
     completion_rows_C: Tensor
@@ -170,15 +205,59 @@ class PackedGroups:
     rollout_logprob_C: Tensor
     """float32 ``[C]``: log-prob reported by the rollout."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for parts that do not make up the layout."""
+        if tuple(self.positions_T.shape) not in ((self.num_rows,), (3, self.num_rows)):
+            raise ValueError(
+                f"PackedGroups: positions of shape {tuple(self.positions_T.shape)} for a layout of {self.num_rows} "
+                "rows; give one, or three for M-RoPE, per row"
+            )
+        tokens = {
+            name: len(getattr(self, name))
+            for name in (
+                "completion_rows_C",
+                "completion_ids_C",
+                "predictor_rows_C",
+                "sequence_C",
+                "rollout_logprob_C",
+            )
+        }
+        if len(set(tokens.values())) > 1:
+            raise ValueError(
+                f"PackedGroups: got {tokens}; give each of them one element per completion token"
+            )
+        _check_rows(torch.cat([self.prefix_rows, self.completion_rows_C]), self.num_rows)
+
     @property
     def num_rows(self) -> int:
         """T, the rows that pass through the decoder."""
-        return int(self.positions_T.shape[0])
+        return self.layout.num_rows
 
     @property
     def num_sequences(self) -> int:
         """S, the completions of the pack."""
         return sum(len(lengths) for lengths in self.layout.completion_lengths)
+
+
+def joined_positions(parts: Sequence[Tensor]) -> Tensor:
+    """Positions of several runs of rows as one: ``[T]``, or ``[3, T]`` where one of them has three rows."""
+    if all(part.dim() == 1 for part in parts):
+        return torch.cat(list(parts))
+    return torch.cat([part.expand(3, -1) for part in parts], dim=1)
+
+
+def _check_rows(rows: Tensor, num_rows: int) -> None:
+    """Raise ValueError unless each of ``num_rows`` rows is there exactly once."""
+    outside = rows[(rows < 0) | (rows >= num_rows)]
+    if len(outside):
+        raise ValueError(f"PackedGroups: row {int(outside[0])} lies outside a layout of {num_rows} rows")
+    counts_T = torch.bincount(rows, minlength=num_rows)
+    if not bool((counts_T == 1).all()):
+        row = int((counts_T != 1).nonzero()[0])
+        raise ValueError(
+            f"PackedGroups: row {row} of {num_rows} is in {int(counts_T[row])} segments; prefix_rows and "
+            "completion_rows_C must hold every row of the layout once"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

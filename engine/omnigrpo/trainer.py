@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omnigrpo.algorithm.advantage import AdvantageConfig, group_advantages
 from omnigrpo.algorithm.packing import pack, split_by_budget
-from omnigrpo.algorithm.policy import completion_logprobs, completion_rows
+from omnigrpo.algorithm.split_group import completion_passes, frozen_logprobs
 from omnigrpo.algorithm.token_metrics import TokenMetrics
 from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.metrics import REWARD_COMPONENT_PREFIX, Metric
@@ -85,7 +85,8 @@ class TrainerConfig:
     iterations: int = 1
     """Optimizer updates per rollout; beyond the first, the ratio leaves 1 and the clip acts."""
     budget_rows: int = 16384
-    """Packed rows that pass through the decoder at once."""
+    """Packed rows whose activations are alive at once. A larger group passes in micro-batches of completions; its
+    prefix counts in each, so prefix and longest completion must fit."""
 
     def __post_init__(self) -> None:
         """Reject a loop that does nothing."""
@@ -207,25 +208,28 @@ class Trainer:
     def accumulate(self, training_pack: TrainingPack, metrics: TokenMetrics) -> TrainingPack:
         """Forward and backward of one pack; returns it with the old policy's log-probs fixed."""
         pack, batch = training_pack.pack, training_pack.batch
-        with self.spans.span(Phase.FORWARD):
-            rows = completion_rows(self.policy, pack)
-        with self.spans.span(Phase.HEAD):
-            head = grpo_head(
-                rows.hidden_RD,
-                self.policy.head_weight_VD,
-                rows.targets_C,
-                batch,
-                self.objective_config,
-                rows_C=rows.rows_C,
-                temperature=self.rollout_config.temperature,
-            )
-        with self.spans.span(Phase.BACKWARD):
-            head.loss.backward()
-        metrics.add(head, loss_share=1 / self.config.iterations)
+        passes = completion_passes(self.policy, pack, self.config.budget_rows)
+        logprobs = []
+        for rows in self.spans.each(Phase.FORWARD, passes):
+            with self.spans.span(Phase.HEAD):
+                head = grpo_head(
+                    rows.hidden_RD,
+                    self.policy.head_weight_VD,
+                    rows.targets_C,
+                    batch.select(rows.tokens),
+                    self.objective_config,
+                    rows_C=rows.rows_C,
+                    temperature=self.rollout_config.temperature,
+                )
+            with self.spans.span(Phase.BACKWARD):
+                head.loss.backward()
+            metrics.add(head, loss_share=1 / self.config.iterations)
+            logprobs.append(head.logprob_C)
         if batch.old_C is not None:
             return training_pack
-        metrics.add_rollout_difference(head.logprob_C, pack.rollout_logprob_C.to(head.logprob_C))
-        return replace(training_pack, batch=replace(batch, old_C=head.logprob_C))
+        logprob_C = torch.cat(logprobs)
+        metrics.add_rollout_difference(logprob_C, pack.rollout_logprob_C.to(logprob_C))
+        return replace(training_pack, batch=replace(batch, old_C=logprob_C))
 
     def update(self) -> float:
         """Sum gradients over ranks, clip, step; returns the gradient norm before clipping."""
@@ -264,10 +268,13 @@ class Trainer:
         lengths_C = torch.bincount(pack.sequence_C, minlength=pack.num_sequences)[pack.sequence_C]
         reference_C = None
         if self.reference is not None and self.objective_config.kl_coefficient:
-            with self.spans.span(Phase.REFERENCE), torch.no_grad():
-                reference_C = completion_logprobs(
-                    self.reference, pack, temperature=self.rollout_config.temperature
-                ).logprob_T
+            with self.spans.span(Phase.REFERENCE):
+                reference_C = frozen_logprobs(
+                    self.reference,
+                    pack,
+                    self.config.budget_rows,
+                    temperature=self.rollout_config.temperature,
+                )
         device = self.policy.head_weight_VD.device
         batch = TokenBatch(
             advantage_C=advantage_S[pack.sequence_C].to(device),
@@ -291,15 +298,14 @@ class Trainer:
         )
 
     def _check_budget(self, inputs: Sequence[PrefixInputs]) -> None:
-        """Refuse, before any token is sampled, a prompt whose group could outgrow a pack."""
-        config = self.rollout_config
-        completions = config.samples * config.max_new_tokens
+        """Refuse, before any token is sampled, a prompt whose prefix and longest completion could not pass at once."""
+        budget, longest = self.config.budget_rows, self.rollout_config.max_new_tokens
         for item in inputs:
-            if len(item.token_ids_P) + completions > self.config.budget_rows:
+            prefix = len(item.token_ids_P)
+            if prefix + longest > budget:
                 raise ValueError(
-                    f"prompt {item.prompt.prompt_id!r} may need {len(item.token_ids_P)} + {config.samples} x "
-                    f"{config.max_new_tokens} packed rows, but trainer.budget_rows is {self.config.budget_rows}: raise "
-                    "it, or lower rollout.samples or rollout.max_new_tokens"
+                    f"prompt {item.prompt.prompt_id!r} may need {prefix} + {longest} rows for its prefix and one "
+                    f"completion, but trainer.budget_rows is {budget}: raise it, or lower rollout.max_new_tokens"
                 )
 
     def _seeds(self, inputs: Sequence[PrefixInputs]) -> list[list[int]]:

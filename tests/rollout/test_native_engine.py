@@ -138,6 +138,28 @@ def test_every_sample_equals_its_sequence_alone(case: Case, dtype: torch.dtype, 
             assert_dense(model, prefix, case.sampling, seed, completion, tolerance)
 
 
+def test_samples_of_three_row_positions_equal_their_sequences_alone(monkeypatch: pytest.MonkeyPatch):
+    """A prefix whose positions end below its length, beside one that counts its rows."""
+    monkeypatch.setitem(globals(), "CONFIG", replace(CONFIG, mrope_section=(1, 1, 2)))
+    model = Policy(torch.float64)
+    grid, plain = make_prefixes(torch.float64, (9, 5))
+    at = torch.arange(9)
+    positions_3P = torch.stack([at // 3, at // 2, at % 3])
+    grid = replace(grid, inputs=replace(grid.inputs, positions_3P=positions_3P))
+    sampling = replace(SAMPLING, stop_token_ids=(), max_new_tokens=6)
+    (completion,), (other,) = NativeEngine(model).generate([grid, plain], sampling, [[1], [2]])
+
+    ids = torch.tensor(completion.token_ids)
+    rows = torch.cat([grid.embeddings_PD, model.embed_tokens(ids)])
+    positions = torch.cat([positions_3P, (torch.arange(6) + 5).expand(3, -1)], dim=1)
+    hidden = model.decoder(
+        rows, positions, SharedPrefixLayout(prefix_lengths=(15,), completion_lengths=((),))
+    )
+    logprob = linear_logprob(hidden[8:-1], model.head_weight_VD, ids).logprob_T
+    assert completion.logprobs == pytest.approx(logprob.tolist(), rel=0, abs=1e-9)
+    assert_dense(model, plain, sampling, 2, other, 1e-9)
+
+
 def test_the_comparison_covers_early_stops_full_length_and_released_rows(policy: Policy):
     """Guards the test above: its default case must meet every path."""
     engine = NativeEngine(policy, NativeEngineConfig(release_idle_fraction=0))

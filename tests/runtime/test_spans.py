@@ -1,6 +1,6 @@
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -84,6 +84,25 @@ def test_an_exception_still_closes_the_span(clock: Clock) -> None:
     with pytest.raises(KeyError):
         failing()
     assert recorder.drain() == {"inner": 3.0, "outer": 0.0}
+
+
+def test_each_counts_the_making_of_the_items_alone(clock: Clock) -> None:
+    recorder = SpanRecorder(clock=clock)
+
+    def made() -> Iterator[str]:
+        clock.advance(1)
+        yield "a"
+        clock.advance(2)
+        yield "b"
+        clock.advance(4)
+
+    seen = []
+    for item in recorder.each(Phase.FORWARD, made()):
+        seen.append(item)
+        with recorder.span(Phase.HEAD):
+            clock.advance(8)
+    assert seen == ["a", "b"]
+    assert recorder.drain() == {"forward": 7.0, "head": 16.0}
 
 
 def test_background_spans_are_reported_apart_and_leave_the_foreground_alone(clock: Clock) -> None:

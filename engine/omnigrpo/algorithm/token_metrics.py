@@ -18,7 +18,7 @@ class TokenMetrics:
         self._loss: Tensor | None = None
 
     def add(self, head: GrpoHeadResult, *, loss_share: float) -> None:
-        """Count one pack of one iteration, whose loss is that share of the step's."""
+        """Count one head pass (a pack, or a part of one) of one iteration, whose loss is that share of the step's."""
         terms = head.terms
         values = {
             "entropy/mean": head.entropy_C,
@@ -32,7 +32,7 @@ class TokenMetrics:
                 self._add_mean(name, value_C)
         self._add_extreme("ratio/max", terms.ratio_C.max(), torch.maximum)
         self._add_extreme("ratio/min", terms.ratio_C.min(), torch.minimum)
-        self._add_mean("head/dropped_rows", head.entropy_C.new_full((1,), head.dropped_share))
+        self._add_mean("head/dropped_rows", torch.full_like(head.entropy_C, head.dropped_share))
         loss = loss_share * head.loss.detach()
         self._loss = loss if self._loss is None else self._loss + loss
 

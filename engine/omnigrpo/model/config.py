@@ -95,6 +95,20 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     max_positions: int = 32768
     tie_word_embeddings: bool = True
+    mrope_section: tuple[int, int, int] | None = None
+    """How many of the rotary frequencies turn with each of the three rows of M-RoPE positions (time, height, width),
+    fastest first, as in Qwen2-VL and Qwen2.5-Omni; None for one row of positions."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for sections that do not cover the frequencies."""
+        section = self.mrope_section
+        if section is not None and (
+            len(section) != 3 or min(section) < 0 or sum(section) != self.head_width // 2
+        ):
+            raise ValueError(
+                f"mrope_section is {section}; give three numbers of frequencies that add up to half the head width, "
+                f"{self.head_width // 2}"
+            )
 
     @property
     def head_width(self) -> int:

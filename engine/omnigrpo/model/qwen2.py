@@ -1,7 +1,8 @@
 """Qwen2 decoder over packed groups: one layer code for training, prefill and decoding.
 
 Shape suffixes: ``T`` packed rows, ``S`` sequences that decode one token each, ``L`` layers, ``D`` width,
-``N`` query heads, ``K`` key/value heads, ``H`` head width. Rows are T in a packed pass, S in a decode step.
+``N`` query heads, ``K`` key/value heads, ``H`` head width, ``P`` prefix rows, ``C`` rows of completions. Rows are T
+in a packed pass, S in a decode step. Positions ``[T]`` may be ``[3, T]`` for M-RoPE.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from omnigrpo.model.config import DecoderConfig
+from omnigrpo.schema import PrefixStates
 from omnigrpo_kernels.shared_prefix_attention import shared_prefix_attention
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
@@ -115,21 +117,37 @@ class Qwen2Decoder(nn.Module):
 
         return self._run(embeddings_TD, positions_T, attend)
 
-    @torch.no_grad()
-    def prefill(
-        self, embeddings_TD: Tensor, positions_T: Tensor, layout: SharedPrefixLayout
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``(hidden_TD, keys_LTKH, values_LTKH)``; keys are rotated, ready for ``decode``."""
+    def prefill(self, embeddings_TD: Tensor, positions_T: Tensor, layout: SharedPrefixLayout) -> PrefixStates:
+        """Run packed groups and keep what ``decode`` and ``extend`` read of them; differentiable."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
-        def attend(_layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-            keys.append(k_TKH)
-            values.append(v_TKH)
+        def attend(layer_index: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+            if layer_index == len(keys):  # Else a checkpointed layer is computed again.
+                keys.append(k_TKH)
+                values.append(v_TKH)
             return shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout)
 
         hidden_TD = self._run(embeddings_TD, positions_T, attend)
-        return hidden_TD, torch.stack(keys), torch.stack(values)
+        return PrefixStates(hidden_TD=hidden_TD, keys=tuple(keys), values=tuple(values))
+
+    def extend(
+        self, prefix: PrefixStates, embeddings_CD: Tensor, positions_C: Tensor, lengths: tuple[int, ...]
+    ) -> Tensor:
+        """Run completions of these lengths after one prefix and return ``hidden_CD``.
+
+        Equal to the completions' rows of ``forward`` over prefix and completions. Differentiable, in the states too.
+        """
+        layout = SharedPrefixLayout(
+            prefix_lengths=(len(prefix.hidden_TD),), completion_lengths=(lengths,), prefix_queries=False
+        )
+
+        def attend(layer_index: int, q_CNH: Tensor, k_CKH: Tensor, v_CKH: Tensor) -> Tensor:
+            k_TKH = torch.cat([prefix.keys[layer_index], k_CKH])
+            v_TKH = torch.cat([prefix.values[layer_index], v_CKH])
+            return shared_prefix_attention(q_CNH, k_TKH, v_TKH, layout)
+
+        return self._run(embeddings_CD, positions_C, attend)
 
     @torch.no_grad()
     def decode(self, embeddings_SD: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
@@ -137,6 +155,11 @@ class Qwen2Decoder(nn.Module):
         return self._run(embeddings_SD, positions_S, attend)
 
     def _run(self, rows_TD: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        if positions_T.shape[-1] != len(rows_TD):
+            raise ValueError(
+                f"the decoder got {len(rows_TD)} rows but positions of shape {tuple(positions_T.shape)}; "
+                "give one position (three for M-RoPE) per row"
+            )
         rotation = rotary_angles(positions_T, self.config, rows_TD.dtype)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
@@ -149,10 +172,24 @@ class Qwen2Decoder(nn.Module):
 
 
 def rotary_angles(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype) -> Rotation:
-    """Angles ``position * theta ** (-2 i / H)`` of every row, for rows of ``dtype``."""
+    """Angles ``position * theta ** (-2 i / H)`` of every row, for rows of ``dtype``.
+
+    Of positions ``[3, T]``, frequency i takes the row whose part of ``mrope_section`` it lies in.
+    """
     wide = _at_least_float32(dtype)
-    exponents = torch.arange(0, config.head_width, 2, device=positions_T.device).to(wide) / config.head_width
-    angles = positions_T.to(wide)[:, None, None] * (1.0 / config.rope_theta**exponents)
+    device = positions_T.device
+    exponents = torch.arange(0, config.head_width, 2, device=device).to(wide) / config.head_width
+    if positions_T.dim() == 1:
+        positions_TF = positions_T[:, None]
+    else:
+        if config.mrope_section is None or len(positions_T) != 3:
+            raise ValueError(
+                f"got positions of shape {tuple(positions_T.shape)} for a decoder with mrope_section "
+                f"{config.mrope_section}; give [T], or [3, T] to a decoder that has sections"
+            )
+        sections = torch.tensor(config.mrope_section, device=device)
+        positions_TF = positions_T[torch.arange(3, device=device).repeat_interleave(sections)].T
+    angles = positions_TF.to(wide)[:, None] * (1.0 / config.rope_theta**exponents)
     return Rotation(angles.cos(), angles.sin())
 
 

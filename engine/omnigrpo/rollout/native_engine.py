@@ -27,7 +27,7 @@ from omnigrpo.rollout.decode_cache import (
 from omnigrpo.rollout.interface import RolloutCounters, SamplingParams, Spans
 from omnigrpo.rollout.sampling import sample_tokens
 from omnigrpo.runtime.spans import Phase
-from omnigrpo.schema import Completion, Prefix, SharedPrefixLayout
+from omnigrpo.schema import Completion, Prefix, PrefixStates, SharedPrefixLayout, joined_positions
 
 
 class PolicyDecoder(Protocol):
@@ -38,10 +38,8 @@ class PolicyDecoder(Protocol):
         """Its geometry."""
         ...
 
-    def prefill(
-        self, embeddings_TD: Tensor, positions_T: Tensor, layout: SharedPrefixLayout
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden rows after the final norm, and keys and values ``[L, T, K, H]`` with rotary applied."""
+    def prefill(self, embeddings_TD: Tensor, positions_T: Tensor, layout: SharedPrefixLayout) -> PrefixStates:
+        """Hidden rows after the final norm, and each layer's keys, with rotary applied, and values."""
         ...
 
     def decode(self, embeddings_SD: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
@@ -110,7 +108,7 @@ class _Wave:
     seed_S: Tensor
     """int64."""
     position_S: Tensor
-    """int64: position of the row's first own token, the length of its prefix."""
+    """int64: position of the row's first own token, which follows its prefix."""
     finished_S: Tensor
     """bool: the row has drawn a stop token and waits for its release."""
 
@@ -187,7 +185,8 @@ class NativeEngine:
         with self._spans.span(Phase.PREFILL):
             prefix_cache, logits_BV = self._prefill(model, head_VD, prefixes)
         with self._spans.span(Phase.DECODE_TOKENS):
-            wave = _start_wave(prefix_cache, seeds, sampling)
+            first_positions = [prefix.inputs.next_position for prefix in prefixes]
+            wave = _start_wave(prefix_cache, first_positions, seeds, sampling)
             token_SR, logprob_SR = self._decode(model, head_VD, wave, logits_BV, sampling)
             groups = _collect(token_SR, logprob_SR, prefix_cache.lengths, seeds, sampling, self._version)
         generated = sum(len(completion.token_ids) for group in groups for completion in group)
@@ -204,13 +203,13 @@ class NativeEngine:
         last_hidden: list[Tensor] = []
         for run in _runs_within(lengths, self._config.max_prefill_tokens):
             run_lengths = tuple(lengths[i] for i in run)
-            hidden_TD, keys_LTKH, values_LTKH = model.decoder.prefill(
+            states = model.decoder.prefill(
                 torch.cat([prefixes[i].embeddings_PD for i in run]),
-                torch.cat([torch.arange(length) for length in run_lengths]).to(device),
+                joined_positions([prefixes[i].inputs.positions for i in run]).to(device),
                 SharedPrefixLayout(prefix_lengths=run_lengths, completion_lengths=((),) * len(run)),
             )
-            caches.append(PrefixCache.from_packed(keys_LTKH, values_LTKH, run_lengths))
-            last_hidden.append(hidden_TD[(torch.tensor(run_lengths).cumsum(0) - 1).to(device)])
+            caches.append(PrefixCache.from_packed(states.keys, states.values, run_lengths))
+            last_hidden.append(states.hidden_TD[(torch.tensor(run_lengths).cumsum(0) - 1).to(device)])
             self._count(prefixes_prefilled=len(run), prefix_rows=sum(run_lengths))
         return PrefixCache.joined(caches), _logits(torch.cat(last_hidden), head_VD)
 
@@ -285,7 +284,12 @@ def _first_tokens(
     return grid.gather(token_BW.flatten()), grid.gather(logprob_BW.flatten())
 
 
-def _start_wave(prefix: PrefixCache, seeds: Sequence[Sequence[int]], sampling: SamplingParams) -> _Wave:
+def _start_wave(
+    prefix: PrefixCache,
+    first_positions: Sequence[int],
+    seeds: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+) -> _Wave:
     device = prefix.keys[0].device
     grid = Grid.of_counts([len(group) for group in seeds], device)
     num_rows = len(grid.group_S)
@@ -295,7 +299,7 @@ def _start_wave(prefix: PrefixCache, seeds: Sequence[Sequence[int]], sampling: S
         grid=grid,
         row_S=torch.arange(num_rows, device=device),
         seed_S=torch.tensor([seed for group in seeds for seed in group], device=device),
-        position_S=torch.tensor(prefix.lengths, device=device)[grid.group_S],
+        position_S=torch.tensor(first_positions, device=device)[grid.group_S],
         finished_S=torch.zeros(num_rows, dtype=torch.bool, device=device),
     )
 

@@ -2,13 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 import nvtx
 import torch
+
+Item = TypeVar("Item")
 
 OVERLAPPED_PREFIX = "overlapped/"
 """Marks the seconds of spans that ran beside the recorder's own thread."""
@@ -37,6 +40,13 @@ class _Frame:
 
     started: float
     nested_seconds: float = 0.0
+
+
+class _End:
+    """No item of an iterable."""
+
+
+_END = _End()
 
 
 class _ThreadSpans(threading.local):
@@ -85,6 +95,16 @@ class SpanRecorder:
             finally:
                 open_spans.pop()
                 self._close(str(name), frame, parent=open_spans[-1] if open_spans else None)
+
+    def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, and count towards ``name`` the time that each takes to come."""
+        iterator = iter(items)
+        while True:
+            with self.span(name):
+                item = next(iterator, _END)
+            if isinstance(item, _End):
+                return
+            yield item
 
     def drain(self) -> dict[str, float]:
         """Seconds by name of the spans that closed since the last drain."""
