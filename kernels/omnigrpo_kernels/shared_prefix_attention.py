@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from omnigrpo_kernels import shared_prefix_attention_cpu
+from omnigrpo_kernels import shared_prefix_attention_cpu, shared_prefix_attention_cuda
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 
@@ -108,6 +108,9 @@ def _layout(
 
 _register(
     "cpu", shared_prefix_attention_cpu.attention_forward, shared_prefix_attention_cpu.attention_backward
+)
+_register(
+    "cuda", shared_prefix_attention_cuda.attention_forward, shared_prefix_attention_cuda.attention_backward
 )
 
 
