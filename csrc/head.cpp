@@ -30,8 +30,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::parallel_for;
 
-// Columns of the vocabulary that share one set of partial sums, in tiles.
-constexpr int64_t kTilesPerRun = 32;
+// Columns of the vocabulary that share one set of partial sums, up to a whole tile: float32 sums of more lose digits.
+constexpr int64_t kColumnsPerRun = 448;
 // A logit that exceeds its row's offset by more binades than this has the pass done again with a better offset.
 constexpr double kHeadroom = 60;
 // Of the largest vector, which streaming stores need.
@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_exps(const Tensor& hidde
     sorted_targets[i] = targets[order[i]];
   }
 
-  const int64_t run = kTilesPerRun * tile.rows, runs = ceil_div(vocabulary, run);
+  const int64_t run = round_up(kColumnsPerRun, tile.rows), runs = ceil_div(vocabulary, run);
   const Tensor panels = bytes(hidden, padded * steps_of(tile, width) * tile.element_bytes);
   const Stats offset(hidden, type, padded), others(hidden, type, num_rows), weighted(hidden, type, num_rows);
   const Stats maxima(hidden, type, num_rows);
