@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from omnigrpo_kernels import liger
+
 HEAD_OPS = ("linear_logprob", "linear_token_loss", "grpo_head")
 """They share the kernels of the vocabulary head."""
 
@@ -66,6 +68,8 @@ def kernel_status() -> list[KernelStatus]:
             active=False,
             reason=cuda if torch.cuda.is_available() else f"{_no_device()}; {cuda}",
         ),
+        *(_layer_on_cpu(op) for op in liger.FUNCTIONS),
+        *(_layer_on_cuda(op) for op in liger.FUNCTIONS),
     ]
 
 
@@ -86,6 +90,29 @@ def _head_on_cuda(op: str) -> KernelStatus:
     elif not torch.cuda.is_available():
         reason = _no_device()
     implementation = "none" if reason else "Triton, cuBLAS"
+    return KernelStatus(
+        op=op, device="cuda", implementation=implementation, active=reason is None, reason=reason
+    )
+
+
+def _layer_on_cpu(op: str) -> KernelStatus:
+    return KernelStatus(
+        op=op,
+        device="cpu",
+        implementation="PyTorch",
+        active=False,
+        reason="a few fused PyTorch passes; it has no C++ kernel",
+    )
+
+
+def _layer_on_cuda(op: str) -> KernelStatus:
+    """Ops of the decoder layer, for which liger-kernel's Triton kernels run as they are."""
+    reason = None
+    if not liger.is_installed():
+        reason = "liger-kernel is not installed: pip install liger-kernel; plain PyTorch runs"
+    elif not torch.cuda.is_available():
+        reason = _no_device()
+    implementation = "liger-kernel" if liger.is_installed() else "PyTorch"
     return KernelStatus(
         op=op, device="cuda", implementation=implementation, active=reason is None, reason=reason
     )
