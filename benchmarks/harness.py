@@ -69,8 +69,8 @@ class Bench:
         self._gemm_side = 256 if args.smoke else GEMM_SIDES[args.device]
         self._matrix = torch.randn(self._gemm_side, self._gemm_side, device=self.device).to(dtype)
 
-    def measure(self, variants: Sequence[Variant]) -> dict[str, Timing]:
-        """Run every variant once to warm up, once for its memory, then ``--rounds`` times in turn.
+    def measure(self, variants: Sequence[Variant], *, rounds: int | None = None) -> dict[str, Timing]:
+        """Run every variant once to warm up, once for its memory, then in turn: ``--rounds`` times, ``rounds`` at most.
 
         Every other round goes backwards, so that a drift of the machine's speed falls on all variants alike.
         """
@@ -80,17 +80,22 @@ class Bench:
             self._run(variant)
         peaks = {variant.name: self._peak_bytes(variant) for variant in variants}
         seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
-        for number in range(self._args.rounds):
+        for number in range(min(self._args.rounds, rounds or self._args.rounds)):
             self._sample_ceiling()
             for variant in variants if number % 2 == 0 else reversed(variants):
                 seconds[variant.name].append(self._run(variant))
         return {name: Timing(seconds=tuple(seconds[name]), peak_bytes=peaks[name]) for name in seconds}
 
     def compare(
-        self, section: str, variants: Sequence[Variant], *, ideal_ratios: Mapping[str, float] | None = None
+        self,
+        section: str,
+        variants: Sequence[Variant],
+        *,
+        ideal_ratios: Mapping[str, float] | None = None,
+        rounds: int | None = None,
     ) -> dict[str, Timing]:
         """Measure, and add one row per variant, each in relation to the first."""
-        timings = self.measure(variants)
+        timings = self.measure(variants, rounds=rounds)
         first, *others = (timings[variant.name].seconds for variant in variants)
         ratios = [None, *(paired_ratio(seconds, first) for seconds in others)]
         self.rows += [

@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from omnigrpo_kernels import liger
+
 HEAD_OPS = ("linear_logprob", "linear_token_loss", "grpo_head")
 """They share the kernels of the vocabulary head."""
 
@@ -59,6 +61,8 @@ def kernel_status() -> list[KernelStatus]:
             reason=None,
         ),
         _on_cuda("shared_prefix_attention", "Triton"),
+        *(_layer_on_cpu(op) for op in liger.FUNCTIONS),
+        *(_layer_on_cuda(op) for op in liger.FUNCTIONS),
     ]
 
 
@@ -79,6 +83,29 @@ def _on_cuda(op: str, kernels: str) -> KernelStatus:
     elif not torch.cuda.is_available():
         reason = _no_device()
     implementation = "none" if reason else kernels
+    return KernelStatus(
+        op=op, device="cuda", implementation=implementation, active=reason is None, reason=reason
+    )
+
+
+def _layer_on_cpu(op: str) -> KernelStatus:
+    return KernelStatus(
+        op=op,
+        device="cpu",
+        implementation="PyTorch",
+        active=False,
+        reason="a few fused PyTorch passes; it has no C++ kernel",
+    )
+
+
+def _layer_on_cuda(op: str) -> KernelStatus:
+    """Ops of the decoder layer, for which liger-kernel's Triton kernels run as they are."""
+    reason = None
+    if not liger.is_installed():
+        reason = "liger-kernel is not installed: pip install liger-kernel; plain PyTorch runs"
+    elif not torch.cuda.is_available():
+        reason = _no_device()
+    implementation = "liger-kernel" if liger.is_installed() else "PyTorch"
     return KernelStatus(
         op=op, device="cuda", implementation=implementation, active=reason is None, reason=reason
     )

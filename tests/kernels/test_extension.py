@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omnigrpo_kernels import extension
+from omnigrpo_kernels import extension, liger
 from omnigrpo_kernels.extension import HEAD_OPS, KernelStatus, kernel_status
 from omnigrpo_kernels.grpo_head import grpo_head
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig, TokenBatch
@@ -163,9 +163,8 @@ def test_status_names_each_op_and_why_a_kernel_is_not_active() -> None:
     statuses = kernel_status()
     named = [(status.op, status.device) for status in statuses]
     assert len(set(named)) == len(named)
-    assert set(named) == {
-        (op, device) for op in (*HEAD_OPS, "shared_prefix_attention") for device in ("cpu", "cuda")
-    }
+    ops = (*HEAD_OPS, "shared_prefix_attention", "rms_norm", "rope", "swiglu")
+    assert set(named) == {(op, device) for op in ops for device in ("cpu", "cuda")}
     assert {"linear_logprob", "grpo_head"} <= set(HEAD_OPS)
     assert all((status.reason is None) == status.active for status in statuses)
     for op in HEAD_OPS:
@@ -204,6 +203,16 @@ def test_status_of_cuda_without_a_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert any(
         "no CUDA device" in str(reason) or "triton is not installed" in str(reason) for reason in reasons
     )
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_status_says_whether_liger_kernel_is_installed(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(liger, "is_installed", lambda: installed)
+    (status,) = (s for s in kernel_status() if (s.op, s.device) == ("rms_norm", "cuda"))
+    assert status.implementation == ("liger-kernel" if installed else "PyTorch")
+    assert ("pip install liger-kernel" in str(status.reason)) is not installed
 
 
 def test_without_the_extension_the_op_says_how_to_build_it() -> None:

@@ -12,7 +12,8 @@ from transformers import Qwen2Config, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
 from omnigrpo.model.config import DecoderConfig
-from omnigrpo.model.qwen2 import Qwen2Decoder, RMSNorm, rotary_angles, rotate
+from omnigrpo.model.qwen2 import Qwen2Decoder, RMSNorm, rotary_angles
+from omnigrpo_kernels.rope import rotate_reference
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 CONFIG = DecoderConfig(
@@ -261,7 +262,7 @@ def test_three_rows_of_positions_are_transformers_multimodal_rotary(module: str)
     positions, heads = _grid_positions(11), torch.randn(11, MROPE.num_heads, MROPE.head_width)
     cos, sin = getattr(theirs, name)(config)(heads, positions[:, None])
     expected, _ = apply_rotary_pos_emb(heads[None], heads[None], cos, sin, unsqueeze_dim=2)
-    actual = rotate(heads, rotary_angles(positions, MROPE, torch.float32))
+    actual = rotate_reference(heads, *rotary_angles(positions, MROPE, torch.float32))
     torch.testing.assert_close(actual, expected[0], rtol=0, atol=2e-5)
 
 
@@ -332,7 +333,7 @@ def test_rotation_is_transformers_rotate_half() -> None:
     )
     cos, sin = Qwen2RotaryEmbedding(config)(heads, positions[None])
     expected, _ = apply_rotary_pos_emb(heads[None], heads[None], cos, sin, unsqueeze_dim=2)
-    actual = rotate(heads, rotary_angles(positions, CONFIG, torch.float32))
+    actual = rotate_reference(heads, *rotary_angles(positions, CONFIG, torch.float32))
     torch.testing.assert_close(actual, expected[0], rtol=0, atol=2e-5)
 
 

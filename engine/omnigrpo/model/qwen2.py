@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from omnigrpo.model.config import DecoderConfig
 from omnigrpo.schema import PrefixStates
+from omnigrpo_kernels.rms_norm import rms_norm
+from omnigrpo_kernels.rope import rotate_heads
 from omnigrpo_kernels.shared_prefix_attention import shared_prefix_attention
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
+from omnigrpo_kernels.swiglu import swiglu
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer_index, q_SNH, k_SKH, v_SKH) -> o_SNH``; q and k are already rotated."""
@@ -39,10 +41,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, rows_TD: Tensor) -> Tensor:
-        """Normalise each row; the weight multiplies in the input's dtype, as in the reference."""
-        wide_TD = rows_TD.to(_at_least_float32(rows_TD.dtype))
-        scale_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide_TD * scale_T1).to(rows_TD.dtype)
+        """Normalise each row."""
+        return rms_norm(rows_TD, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -61,8 +61,11 @@ class SelfAttention(nn.Module):
     def forward(self, rows_TD: Tensor, rotation: Rotation, attend: LayerAttend) -> Tensor:
         """Rotate q and k, attend, and project back to ``[T, D]``."""
         heads = (-1, self.head_width)
-        q_TNH = rotate(self.q_proj(rows_TD).unflatten(-1, heads), rotation)
-        k_TKH = rotate(self.k_proj(rows_TD).unflatten(-1, heads), rotation)
+        q_TNH, k_TKH = rotate_heads(
+            self.q_proj(rows_TD).unflatten(-1, heads),
+            self.k_proj(rows_TD).unflatten(-1, heads),
+            *rotation,
+        )
         v_TKH = self.v_proj(rows_TD).unflatten(-1, heads)
         return self.o_proj(attend(q_TNH, k_TKH, v_TKH).flatten(-2))
 
@@ -78,7 +81,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, rows_TD: Tensor) -> Tensor:
         """``down(silu(gate(x)) * up(x))``."""
-        return self.down_proj(functional.silu(self.gate_proj(rows_TD)) * self.up_proj(rows_TD))
+        return self.down_proj(swiglu(self.gate_proj(rows_TD), self.up_proj(rows_TD)))
 
 
 class DecoderLayer(nn.Module):
@@ -191,13 +194,6 @@ def rotary_angles(positions_T: Tensor, config: DecoderConfig, dtype: torch.dtype
         positions_TF = positions_T[torch.arange(3, device=device).repeat_interleave(sections)].T
     angles = positions_TF.to(wide)[:, None] * (1.0 / config.rope_theta**exponents)
     return Rotation(angles.cos(), angles.sin())
-
-
-def rotate(heads_TNH: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the pairs ``(i, i + H / 2)`` of every head; the result has the input's dtype."""
-    first, second = heads_TNH.to(rotation.cos.dtype).chunk(2, dim=-1)
-    cos, sin = rotation
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads_TNH.dtype)
 
 
 def _bind(attend: Attend, layer_index: int) -> LayerAttend:
