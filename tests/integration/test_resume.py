@@ -102,12 +102,12 @@ def test_kill_and_resume_equal_a_straight_run_bit_for_bit(job, tmp_path, kind, m
 
 
 def test_an_interrupt_saves_the_last_step_and_resumes_from_it(job, tmp_path):
-    straight = job.settings(tmp_path / "straight", "run.steps=6", "run.save_every=6")
+    straight = job.settings(tmp_path / "straight", "run.steps=12", "run.save_every=12")
     run("train", straight)
-    interrupted = job.settings(tmp_path / "interrupted", "run.steps=6", "run.save_every=6")
+    interrupted = job.settings(tmp_path / "interrupted", "run.steps=12", "run.save_every=12")
     assert stop_at_step("train", interrupted, tmp_path / "interrupted", 2, signal.SIGINT) != 0
     (saved,) = (tmp_path / "interrupted" / "checkpoints").glob("step-*")
-    assert int(saved.name.removeprefix("step-")) in (2, 3, 4)
+    assert 2 <= int(saved.name.removeprefix("step-")) < 12, "the interrupt came too late to test anything"
     assert load_state(saved)["step"] == len(read_metrics(tmp_path / "interrupted"))
     run("train", interrupted, "--resume")
     assert_same_end(tmp_path / "straight", tmp_path / "interrupted")
