@@ -39,3 +39,16 @@ def smoke(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return json.loads(path.read_text(encoding="utf-8"))
 
     return run
+
+
+@pytest.fixture
+def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A smoke run of the module's own ``bench`` in this process, without the op's tests; returns its JSON."""
+    monkeypatch.setattr(bench, "require_green", lambda tests: None)
+
+    def in_process(*options: str) -> dict[str, Any]:
+        path = tmp_path / "report.json"
+        assert bench.main(["--smoke", "--json", str(path), *options]) == 0
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    return in_process

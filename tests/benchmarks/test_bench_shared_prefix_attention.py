@@ -1,10 +1,5 @@
 """bench_shared_prefix_attention: smoke runs, that its peers do the same work, and its refusals."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -20,19 +15,6 @@ def bench(bench_module):
 @pytest.fixture
 def peers(bench_module):
     return bench_module("attention_peers")
-
-
-@pytest.fixture
-def run(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """A smoke run in this process, without the op's own tests; returns its JSON."""
-    monkeypatch.setattr(bench, "require_green", lambda tests: None)
-
-    def smoke(*options: str) -> dict[str, Any]:
-        path = tmp_path / "report.json"
-        assert bench.main(["--smoke", "--json", str(path), *options]) == 0
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    return smoke
 
 
 def small_group(peers, device: str = "cpu", head_width: int = 16):

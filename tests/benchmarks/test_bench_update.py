@@ -1,10 +1,5 @@
 """bench_update: a smoke run, that its variants do the same work, and its checks."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -19,19 +14,6 @@ def bench(bench_module):
 @pytest.fixture
 def work(bench_module):
     return bench_module("update_work")
-
-
-@pytest.fixture
-def run(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """A smoke run in this process, without the op's own tests; returns its JSON."""
-    monkeypatch.setattr(bench, "require_green", lambda tests: None)
-
-    def smoke(*options: str) -> dict[str, Any]:
-        path = tmp_path / "report.json"
-        assert bench.main(["--smoke", "--json", str(path), *options]) == 0
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    return smoke
 
 
 def test_smoke(run):
