@@ -60,13 +60,13 @@ def leaves(tree: Any, where: str = "") -> dict[str, Any]:
     return {path: leaf for key, value in items for path, leaf in leaves(value, f"{where}/{key}").items()}
 
 
-def assert_same_end(left: Path, right: Path, *, steps: int = 6) -> None:
+def assert_same_end(left: Path, right: Path) -> None:
     """Weights, the final checkpoint's optimizer, and every logged scalar."""
     weights = [load_file(output / "model" / "model.safetensors") for output in (left, right)]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         assert tensor.equal(weights[1][name]), name
-    saved = [load_state(output / "checkpoints" / f"step-{steps:06d}") for output in (left, right)]
+    saved = [load_state(output / "checkpoints" / "step-000006") for output in (left, right)]
     states = [leaves({"optimizer": state["optimizer"], "step": state["step"]}) for state in saved]
     assert states[0].keys() == states[1].keys()
     assert any("exp_avg" in path for path in states[0])
@@ -74,7 +74,7 @@ def assert_same_end(left: Path, right: Path, *, steps: int = 6) -> None:
         same = leaf.equal(states[1][path]) if isinstance(leaf, torch.Tensor) else leaf == states[1][path]
         assert same, path
     assert scalars(left) == scalars(right)
-    assert [step["step"] for step in scalars(right)] == list(range(1, steps + 1))
+    assert [step["step"] for step in scalars(right)] == [1, 2, 3, 4, 5, 6]
 
 
 CASES = [
@@ -102,15 +102,15 @@ def test_kill_and_resume_equal_a_straight_run_bit_for_bit(job, tmp_path, kind, m
 
 
 def test_an_interrupt_saves_the_last_step_and_resumes_from_it(job, tmp_path):
-    straight = job.settings(tmp_path / "straight", "run.steps=12", "run.save_every=12")
+    straight = job.settings(tmp_path / "straight", "run.steps=6", "run.save_every=6")
     run("train", straight)
-    interrupted = job.settings(tmp_path / "interrupted", "run.steps=12", "run.save_every=12")
+    interrupted = job.settings(tmp_path / "interrupted", "run.steps=6", "run.save_every=6")
     assert stop_at_step("train", interrupted, tmp_path / "interrupted", 2, signal.SIGINT) != 0
     (saved,) = (tmp_path / "interrupted" / "checkpoints").glob("step-*")
-    assert 2 <= int(saved.name.removeprefix("step-")) < 12, "the interrupt came too late to test anything"
+    assert int(saved.name.removeprefix("step-")) in (2, 3, 4)
     assert load_state(saved)["step"] == len(read_metrics(tmp_path / "interrupted"))
     run("train", interrupted, "--resume")
-    assert_same_end(tmp_path / "straight", tmp_path / "interrupted", steps=12)
+    assert_same_end(tmp_path / "straight", tmp_path / "interrupted")
 
 
 def test_a_run_directory_is_not_overwritten(job, tmp_path):
