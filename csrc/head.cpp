@@ -301,14 +301,14 @@ Tensor hidden_gradient(const HeadKernels& kernels, HeadType type, const Tensor& 
   const HeadTile tile = kernels.tile(type);
   const int64_t live = row_scale.size(0), width = weight.size(1);
   const int64_t lanes = round_up(live, tile.lanes), panels = ceil_div(width, tile.rows);
-  const Tensor transposed = torch::stable::new_zeros(exps, {panels * tile.rows, lanes}, stat_type(type));
-  const HiddenGrad task{type,  exps.const_data_ptr(), weight.const_data_ptr(),     weight.size(0),
-                        width, lanes,                 transposed.mutable_data_ptr()};
+  const Tensor tiles = torch::stable::new_zeros(exps, {panels * tile.rows, lanes}, stat_type(type));
+  const HiddenGrad task{type,  exps.const_data_ptr(), weight.const_data_ptr(), weight.size(0),
+                        width, lanes,                 tiles.mutable_data_ptr()};
   parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) { kernels.hidden_grad(task, begin, end); });
   const Tensor grad = torch::stable::new_empty(exps, {live, width}, stat_type(type));
-  const HiddenGradFinish finish{type,  transposed.const_data_ptr(), lanes,
-                                width, row_scale.const_data_ptr(),  grad.mutable_data_ptr()};
-  parallel_for(0, live, 8, [&](int64_t begin, int64_t end) { kernels.finish_hidden_grad(finish, begin, end); });
+  const HiddenGradFinish finish{type,  tiles.const_data_ptr(),     lanes, live,
+                                width, row_scale.const_data_ptr(), grad.mutable_data_ptr()};
+  parallel_for(0, lanes / tile.lanes, 1, [&](int64_t begin, int64_t end) { kernels.finish_hidden_grad(finish, begin, end); });
   return grad;
 }
 

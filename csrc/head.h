@@ -76,7 +76,7 @@ struct HeadCompact {
   int64_t num_moved;
 };
 
-// grad += (exps weight)^T.
+// tiles += (exps weight)^T.
 struct HiddenGrad {
   HeadType type;
   const void* exps;
@@ -84,14 +84,15 @@ struct HiddenGrad {
   int64_t vocabulary;
   int64_t width;        // D
   int64_t num_lanes;    // live rows, rounded up to whole panels; at most padded
-  void* grad;           // Stat [ceil(D / rows) * rows, num_lanes]
+  void* tiles;          // Stat [ceil(D / rows)][num_lanes / lanes][rows][lanes]
 };
 
-// grad[t] = row_scale[t] * transposed[., t].
+// grad[t] = row_scale[t] * what HiddenGrad summed for it.
 struct HiddenGradFinish {
   HeadType type;
-  const void* transposed;  // Stat [., num_lanes], of HiddenGrad
+  const void* tiles;       // of HiddenGrad
   int64_t num_lanes;
+  int64_t num_rows;        // live rows
   int64_t width;
   const void* row_scale;   // Stat [live rows]
   void* grad;              // Stat [live rows, D]
@@ -137,7 +138,7 @@ struct HeadKernels {
   void (*reweight)(const HeadReweight&, int64_t begin, int64_t end);                    // steps of the vocabulary
   void (*compact)(const HeadCompact&, int64_t begin, int64_t end);                      // steps of the vocabulary
   void (*hidden_grad)(const HiddenGrad&, int64_t begin, int64_t end);                   // panels of D
-  void (*finish_hidden_grad)(const HiddenGradFinish&, int64_t begin, int64_t end);      // live rows
+  void (*finish_hidden_grad)(const HiddenGradFinish&, int64_t begin, int64_t end);      // panels of T
   void (*scale_rows)(const ScaleRows&, int64_t begin, int64_t end);                     // live rows
   void (*pack_scaled)(const PackScaled&, int64_t begin, int64_t end);                   // panels of D
   void (*weight_grad)(const WeightGrad&, int64_t begin, int64_t end);                   // tiles of the vocabulary
