@@ -108,7 +108,8 @@ def head_exps_from_logits(
     with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         logits_TV = _product(hidden, weight.T)
         at_pairs_U = logits_TV[pair_rows, pair_targets]
-        logits_TV[pair_rows, pair_targets] = -math.inf
+        # Assigning the number itself would copy it from the host, and wait.
+        logits_TV.index_put_((pair_rows, pair_targets), logits_TV.new_full((), -math.inf))
         offset_T = (at_pairs_U[_first_pairs(pair_rows, len(hidden))] * scale).round()
         exps_TV = new_exps(hidden, len(weight)) if store else None
         sweep = _sweep_float64 if hidden.dtype == torch.float64 else _sweep_triton
@@ -121,20 +122,29 @@ def _sweep_triton(
     logits_TV: Tensor, exps_TV: Tensor | None, offset_T: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     others_T, weighted_T = torch.empty_like(offset_T), torch.empty_like(offset_T)
-    if len(offset_T):
-        written_TV = logits_TV if exps_TV is None else exps_TV
-        _kernels().exp_rows[(len(offset_T),)](
+    num_rows, vocabulary = logits_TV.shape
+    if num_rows:
+        _kernels().sum_rows[(num_rows,)](
             logits_TV,
-            written_TV,
             offset_T,
             others_T,
             weighted_T,
             logits_TV.stride(0),
-            written_TV.stride(0),
-            logits_TV.shape[1],
+            vocabulary,
             scale,
             BLOCK=SWEEP_COLUMNS,
-            STORE=exps_TV is not None,
+            num_warps=8,
+        )
+    if num_rows and exps_TV is not None:
+        _kernels().exp_rows[(num_rows,)](
+            logits_TV,
+            exps_TV,
+            offset_T,
+            logits_TV.stride(0),
+            exps_TV.stride(0),
+            vocabulary,
+            scale,
+            BLOCK=SWEEP_COLUMNS,
             num_warps=8,
         )
     return others_T, weighted_T

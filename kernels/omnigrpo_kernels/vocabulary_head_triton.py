@@ -218,20 +218,20 @@ def raise_offsets(
 
 
 @triton.jit
-def exp_rows(
+def sum_rows(
     logits,  # float32 [T, V], -infinity at the row's targets
-    exps,  # [T, V], written when STORE
     offset,  # float32 [T]: in, a first guess; out, at least the rounded maximum
     others,  # float32 [T], written
     weighted,  # float32 [T], written
     logits_stride,
-    exps_stride,
     vocabulary,
     scale,
     BLOCK: tl.constexpr,
-    STORE: tl.constexpr,
 ):
-    """One program per row: an online sweep for the offset and the sums, and a second one that stores E."""
+    """An online sweep for the offset and the sums, one program per row.
+
+    Apart from `exp_rows`: what threads hold, and with it the order of a sum, follows from every access of a kernel.
+    """
     row = tl.program_id(0).to(tl.int64)
     k = tl.load(offset + row)
     sum_others = 0.0
@@ -250,13 +250,28 @@ def exp_rows(
     tl.store(offset + row, k)
     tl.store(others + row, sum_others)
     tl.store(weighted + row, sum_weighted)
-    if STORE:
-        for start in range(0, vocabulary, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < vocabulary
-            z = tl.load(logits + row * logits_stride + columns, mask=inside, other=float("-inf"))
-            e = tl.exp2(z * scale - k)
-            tl.store(exps + row * exps_stride + columns, e.to(exps.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def exp_rows(
+    logits,  # float32 [T, V], -infinity at the row's targets
+    exps,  # [T, V], written
+    offset,  # float32 [T]
+    logits_stride,
+    exps_stride,
+    vocabulary,
+    scale,
+    BLOCK: tl.constexpr,
+):
+    """E of one row per program."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.load(offset + row)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocabulary
+        z = tl.load(logits + row * logits_stride + columns, mask=inside, other=float("-inf"))
+        e = tl.exp2(z * scale - k)
+        tl.store(exps + row * exps_stride + columns, e.to(exps.dtype.element_ty), mask=inside)
 
 
 @triton.jit(

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from omnigrpo_kernels import vocabulary_head_cuda as module
 from omnigrpo_kernels.vocabulary_head_cuda import (
@@ -449,6 +451,67 @@ def test_nothing_waits_for_the_device() -> None:
                 torch.cuda.set_sync_debug_mode("default")
 
 
+class RefuseToWait(TorchFunctionMode):
+    """Raises for what waits for a CUDA device, on any device."""
+
+    WAITS = frozenset(
+        {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "bincount", "__bool__"}
+        | {"__int__", "__float__", "__index__", "is_nonzero", "equal", "allclose"}
+    )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.WAITS or func is torch.tensor:
+            raise AssertionError(f"{name} waits for the device")
+        if name in ("__getitem__", "__setitem__"):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            tensors = [part for part in index if isinstance(part, Tensor)]
+            if any(part.dtype == torch.bool for part in tensors):
+                raise AssertionError(f"{name} waits for the device, which counts the mask")
+            if name == "__setitem__" and tensors and not isinstance(args[2], Tensor):
+                raise AssertionError(f"{name} at indices waits for the device, to copy a number there")
+        if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
+            raise AssertionError(f"{name} waits for the device, to know its size")
+        return func(*args, **(kwargs or {}))
+
+
+class NoKernels:
+    """In place of the module of Triton kernels: their launches do nothing."""
+
+    INTERPRETED = False
+
+    def describe(self, matrix: Tensor, block: list[int]) -> None:
+        """No descriptor."""
+
+    def __getattr__(self, name: str) -> dict[Any, Callable[..., None]]:
+        return defaultdict(lambda: lambda *arguments, **options: None)
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_nothing_around_the_kernels_waits_for_a_device(
+    dtype: torch.dtype, head_exps: Callable[..., tuple[Tensor, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_kernels", NoKernels)
+    head = far_below(dtype)
+    inputs = gradient_inputs(head, torch.arange(1, len(head.hidden_TD)), with_entropy=True)
+    if dtype == torch.float64:
+        inputs = {
+            name: x.double() if name in ("row_scale", "alpha", "beta") else x for name, x in inputs.items()
+        }
+    grad_weight = torch.zeros(head.weight_VD.shape, dtype=inputs["row_scale"].dtype)
+    with RefuseToWait():
+        for store in (False, True):
+            exps = head.run(head_exps, store=store)[0]
+        head_gradients_cuda(exps, grad_weight=grad_weight, accumulate=True, want_hidden=True, **inputs)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_more_elements_than_32_bits_count() -> None:
@@ -685,7 +748,8 @@ def test_every_kernel_compiles_for_sm_90(
         "exp_tiles": 6,
         "merge_partials": 4,
         "raise_offsets": 2,
-        "exp_rows": 2,
+        "sum_rows": 2,
+        "exp_rows": 1,
         "gather_rows": 3,
     }
     for built in binaries.values():
@@ -701,6 +765,8 @@ def test_every_kernel_compiles_for_sm_90(
         assert "tf32" not in binary.asm["ptx"]
         _, spilled_bytes = ahead_of_time.used_resources(binary, tmp_path)
         assert spilled_bytes <= 64
+    with_exps, without = binaries["sum_rows"]
+    assert with_exps.asm["ptx"] == without.asm["ptx"]  # and so their sums have the same bits
     for binary in binaries["gather_rows"]:
         assert re.search(r"ld\.global\S*\.v[248]", binary.asm["ptx"])
 
