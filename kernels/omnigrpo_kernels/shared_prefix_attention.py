@@ -117,6 +117,8 @@ _register(
 @torch.library.register_fake("omnigrpo::shared_prefix_attention")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    if q.device.type == "cuda":
+        lse_dtype = shared_prefix_attention_cuda.lse_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
 
 

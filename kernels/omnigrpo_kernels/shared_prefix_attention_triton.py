@@ -73,11 +73,28 @@ def _attend(
         keys = start + tl.arange(0, columns)
         s = tl.where((keys[None, :] >= low[:, None]) & (keys[None, :] < past[:, None]), s, float("-inf"))
     raised = tl.maximum(peak, tl.max(s, axis=1) * scale)
-    p = tl.exp2(s * scale - raised[:, None])
+    p = tl.exp2(tl.fma(s, scale, -raised[:, None]))
     shrink = tl.exp2(peak - raised)
     v_block = v.load([start, column])
     acc = _product(p.to(v_block.dtype), v_block, acc * shrink[:, None], UPCAST)
     return acc, raised, total * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
+def _in_bits(lse):
+    """A log-sum-exp in nats as one in bits: a float32, and of a float64 also the float32 that is missing from it."""
+    bits = lse * 1.4426950408889634
+    high = bits.to(tl.float32)
+    missing = tl.zeros_like(high)
+    if lse.dtype == tl.float64:
+        missing = (bits - high).to(tl.float32)
+    return high, missing
+
+
+@triton.jit
+def _probabilities(s, scale, bits, missing):
+    """exp2(scale s - bits - missing); the products are fused here as in the forward, whose rounding it repeats."""
+    return tl.exp2(tl.fma(s, scale, -bits) - missing)
 
 
 @triton.jit(do_not_specialize=["num_query_rows"])
@@ -88,7 +105,7 @@ def attend_tiles(
     first,  # int32 [T]: where each row's segment begins
     tiles,  # int32 [tiles, 9]
     o,  # [Q, N, H], written
-    lse,  # float32 [N, Q], written
+    lse,  # float32 or float64 [N, Q], written
     q_stride,
     num_query_rows,
     num_kv_heads,
@@ -133,7 +150,7 @@ def attend_tiles(
 
     at = o + row[:, None] * (num_kv_heads * HEADS * WIDTH) + (head * WIDTH)[:, None] + depth[None, :]
     tl.store(at, (acc / total[:, None]).to(o.dtype.element_ty), mask=mask)
-    nats = (peak + tl.log2(total)) * 0.6931471805599453
+    nats = (peak.to(lse.dtype.element_ty) + tl.log2(total)) * 0.6931471805599453
     tl.store(lse + head.to(tl.int64) * num_query_rows + row, nats, mask=inside)
 
 
@@ -164,15 +181,16 @@ def output_dots(
 
 @triton.jit
 def _pull_query(
-    q, do, k, v, start, column, low, past, dq, lse, dots, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr
-):
+    q, do, k, v, start, column, low, past, dq, bits, missing, dots, scale,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """What one block of keys adds to dq / scale."""
     rows: tl.constexpr = q.shape[0]
     columns: tl.constexpr = k.block_shape[0]
     zeros = tl.zeros((rows, columns), dtype=tl.float32)
     k_block = k.load([start, column])
     v_block = v.load([start, column])
-    p = tl.exp2(_product(q, k_block.T, zeros, UPCAST) * scale - lse[:, None])
+    p = _probabilities(_product(q, k_block.T, zeros, UPCAST), scale, bits[:, None], missing[:, None])
     if MASKED:
         keys = start + tl.arange(0, columns)
         p = tl.where((keys[None, :] >= low[:, None]) & (keys[None, :] < past[:, None]), p, 0.0)
@@ -186,7 +204,7 @@ def query_gradient_tiles(
     q,  # [Q, N, H] in rows of `q_stride`
     k,  # descriptor of [T, K * H] in blocks [COLUMNS, HEAD]
     v,  # likewise
-    lse,  # float32 [N, Q], in nats
+    lse,  # float32 or float64 [N, Q], in nats
     dots,  # float32 [N, Q]
     first,  # int32 [T]
     tiles,  # int32 [tiles, 9]
@@ -215,7 +233,7 @@ def query_gradient_tiles(
     do_rows = tl.load(do + row[:, None] * do_stride + at, mask=mask, other=0.0)
     low = tl.load(first + token)
     statistic = head.to(tl.int64) * num_query_rows + row
-    lse_rows = tl.load(lse + statistic, mask=inside, other=0.0) * 1.4426950408889634
+    bits, missing = _in_bits(tl.load(lse + statistic, mask=inside, other=0.0))
     dots_rows = tl.load(dots + statistic, mask=inside, other=0.0)
 
     sums = tl.zeros((ROWS, HEAD), dtype=tl.float32)
@@ -225,16 +243,16 @@ def query_gradient_tiles(
             block < prefix_blocks, prefix + block * COLUMNS, own + (block - prefix_blocks) * COLUMNS
         )
         sums = _pull_query(
-            q_rows, do_rows, k, v, start, column, low, token, sums, lse_rows, dots_rows, scale, MASKED=False,
-            UPCAST=UPCAST,
+            q_rows, do_rows, k, v, start, column, low, token, sums, bits, missing, dots_rows, scale,
+            MASKED=False, UPCAST=UPCAST,
         )  # fmt: skip
     for block in range(tail + rest_blocks):
         start = tl.where(block < tail, prefix + prefix_blocks * COLUMNS, rest + (block - tail) * COLUMNS)
         since = tl.where(block < tail, prefix, low)
         past = tl.where(block < tail, prefix_end, token + 1)
         sums = _pull_query(
-            q_rows, do_rows, k, v, start, column, since, past, sums, lse_rows, dots_rows, scale, MASKED=True,
-            UPCAST=UPCAST,
+            q_rows, do_rows, k, v, start, column, since, past, sums, bits, missing, dots_rows, scale,
+            MASKED=True, UPCAST=UPCAST,
         )  # fmt: skip
 
     out = dq + row[:, None] * (num_kv_heads * HEADS * WIDTH) + at
@@ -256,7 +274,7 @@ def _pull_keys(
     queries = start + tl.arange(0, block)
     inside = queries < num_query_rows
     of_head = head.to(tl.int64) * num_query_rows
-    lse_block = tl.load(lse + of_head + queries, mask=inside, other=0.0) * 1.4426950408889634
+    bits, missing = _in_bits(tl.load(lse + of_head + queries, mask=inside, other=0.0))
     dots_block = tl.load(dots + of_head + queries, mask=inside, other=0.0)
     q_block = q.load([start, head * WIDTH])
     do_block = do.load([start, head * WIDTH])
@@ -265,7 +283,7 @@ def _pull_keys(
         s = tl.where(
             (queries[None, :] >= keys[:, None]) & (queries[None, :] < past[:, None]), s, float("-inf")
         )
-    p = tl.exp2(s * scale - lse_block[None, :])
+    p = _probabilities(s, scale, bits[None, :], missing[None, :])
     dv = _product(p.to(do_block.dtype), do_block, dv, UPCAST)
     ds = p * (_product(v, do_block.T, zeros, UPCAST) - dots_block[None, :])
     return _product(ds.to(q_block.dtype), q_block, dk, UPCAST), dv
@@ -277,7 +295,7 @@ def key_gradient_tiles(
     q,  # likewise
     k,  # [T, K, H] in rows of `k_stride`
     v,  # [T, K, H] in rows of `v_stride`
-    lse,  # float32 [N, Q], in nats
+    lse,  # float32 or float64 [N, Q], in nats
     dots,  # float32 [N, Q]
     past,  # int32 [T]: the row after the last one that sees each row
     parts,  # int32 [parts, 12]

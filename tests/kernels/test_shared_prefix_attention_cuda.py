@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from omnigrpo_kernels import shared_prefix_attention_cuda as module
 from omnigrpo_kernels import shared_prefix_tiles
@@ -148,7 +149,7 @@ def assert_at_most_twice_the_error(attention: Attention) -> None:
         times = 4 if INTERPRETED and dtype == torch.bfloat16 else 2  # the interpreter truncates
         assert error.norm() <= times * allowed.norm() + rounding, name
         assert error.max() <= times * allowed.max() + rounding, name
-    assert lse.dtype == torch.float32
+    assert lse.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
     torch.testing.assert_close(lse.double(), attention.exact_lse(), rtol=1e-6, atol=2e-5)
 
 
@@ -202,6 +203,36 @@ def test_views_of_one_projection_and_an_expanded_gradient(device: str) -> None:
 
 def test_large_scores(device: str) -> None:
     assert_at_most_twice_the_error(random_attention(LAYOUTS["uneven"], torch.float32, spread=12))
+
+
+def test_scores_far_from_zero_that_differ_by_a_few_bits(device: str) -> None:
+    """What a rounded log-sum-exp does to P alone: the scores are whole numbers, so no order of sums rounds them.
+
+    A term of dv is off by 2^-22 for exp2 in each direction, as much for the logarithm of the total, and by sums of the
+    few terms that are not near zero; each rounding of a log-sum-exp of 2,000 bits to a float32 would add up to 2^-14.
+    """
+    layout = LAYOUTS["uneven"]
+    generator = torch.Generator(device=torch.get_default_device()).manual_seed(2)
+
+    def integers(num_heads: int, low: int, high: int, *, width: int = 16) -> Tensor:
+        shape = (layout.num_rows, num_heads, width)
+        return torch.randint(low, high + 1, shape, generator=generator).float()
+
+    q_TNH, k_TKH = integers(6, -24, 24), integers(2, -24, 24)[:1].repeat(layout.num_rows, 1, 1)
+    q_TNH[..., 15:], k_TKH[..., 15:] = integers(6, 1, 2, width=1), integers(2, -3, 3, width=1)
+    attention = Attention(
+        q_TNH=q_TNH,
+        k_TKH=k_TKH,
+        v_TKH=torch.randn(k_TKH.shape, generator=generator),
+        do_TNH=torch.randn(q_TNH.shape, generator=generator),
+        layout=layout,
+        scale=math.log(2),
+    )
+    assert attention.exact_lse().abs().max() > 2000 * math.log(2)
+    *_, dv_TKH = attention.run()
+    exact = attention.dense(torch.float64)[-1]
+    terms = replace(attention, do_TNH=attention.do_TNH.abs()).dense(torch.float64)[-1]
+    assert ((dv_TKH.double() - exact).abs() <= terms * 2**-18).all()
 
 
 def test_completions_do_not_see_each_other(device: str) -> None:
@@ -375,6 +406,15 @@ def test_refuses(dtype: torch.dtype, width: int, scale: float, message: str) -> 
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_without_values_the_op_has_the_same_dtypes(dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        rows = torch.empty(3, 2, 16, device="cuda", dtype=dtype)
+        o, lse = torch.ops.omnigrpo.shared_prefix_attention(rows, rows, rows, [2], [1], [1], True, 1.0)
+    assert o.dtype == dtype
+    assert lse.dtype == module.lse_dtype(dtype)
+
+
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
@@ -437,7 +477,7 @@ def compile_all(
     attention = random_attention(layout, dtype, heads=(14, 2), width=width)
     qkv = attention.q_TNH, attention.k_TKH, attention.v_TKH
     attention_forward(*qkv, layout, 0.125)
-    lse_NT = torch.zeros(14, layout.num_rows)
+    lse_NT = torch.zeros(14, layout.num_rows, dtype=module.lse_dtype(dtype))
     attention_backward(attention.do_TNH, *qkv, attention.do_TNH, lse_NT, layout, 0.125)
     module._key_tiles.cache_clear()
     assert {name: len(built) for name, built in ahead.binaries.items()} == {
