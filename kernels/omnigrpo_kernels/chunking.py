@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from omnigrpo_kernels.vocabulary_head import TokenPairs, add_rows_, pairs_to, token_pairs
+from omnigrpo_kernels.vocabulary_head import TokenPairs, pairs_to, token_pairs
 
 CHUNK_BYTES = {"cpu": 160 << 20, "cuda": 900 << 20}
 """Exponentials of one chunk, in the inputs' dtype. Fewer chunks read the weight and its gradient less often."""
@@ -36,7 +36,7 @@ class TokenChunk:
         if isinstance(self.rows_T, slice):
             grad_RD[self.rows_T] += grad_TD
         else:
-            add_rows_(grad_RD, self.rows_T, grad_TD)
+            grad_RD.index_add_(0, self.rows_T, grad_TD)  # Each row comes once, so no order matters.
 
 
 def token_chunks(

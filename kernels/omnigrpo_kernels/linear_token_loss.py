@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omnigrpo_kernels import vocabulary_rows_cuda
 from omnigrpo_kernels.chunking import TokenChunk, token_chunks
 from omnigrpo_kernels.vocabulary_head import (
     HeadPass,
@@ -149,8 +150,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         ctx.grads = None
         if grad_hidden_RD is not None:
             grad_hidden_RD = (grad_hidden_RD * upstream).to(ctx.hidden_dtype)
-        if grad_weight_VD is not None and not _is_one(upstream):
-            grad_weight_VD *= upstream
+        if grad_weight_VD is not None:
+            _scale_(grad_weight_VD, upstream)
         return grad_hidden_RD, grad_weight_VD, None, None
 
 
@@ -196,6 +197,9 @@ def _evaluate(
     )
 
 
-def _is_one(upstream: Tensor) -> bool:
-    """Whether scaling is known, without waiting for a device, to change nothing."""
-    return upstream.device.type == "cpu" and float(upstream) == 1.0
+def _scale_(grad_VD: Tensor, upstream: Tensor) -> None:
+    """``grad *= upstream``; a factor of 1, as a loss that is the last has it, leaves the largest gradient alone."""
+    if grad_VD.is_cuda:
+        vocabulary_rows_cuda.scale_in_place_(grad_VD, upstream)
+    elif float(upstream) != 1.0:
+        grad_VD *= upstream

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from omnigrpo_kernels import extension, vocabulary_head_cuda
+from omnigrpo_kernels import extension, vocabulary_head_cuda, vocabulary_rows_cuda
 
 extension.load()
 vocabulary_head_cuda.register()
@@ -42,10 +43,16 @@ class TokenPairs:
     """int64 ``[U]``, ascending; every row has a pair."""
     targets_U: Tensor
     """int64 ``[U]``: the vocabulary's index; a row's targets differ."""
-    pairs_T: Tensor | None
-    """int64 ``[T]``: pairs of each row; None where each has exactly one."""
+    starts: Tensor
+    """int64 ``[T + 1]``: where the pairs of each row begin."""
+    is_single: bool
+    """Whether every row has exactly one pair."""
     pair_C: Tensor | None
     """int64 ``[C]``: pair of each token; None where tokens, pairs and rows are the same."""
+    order_C: Tensor | None
+    """int64 ``[C]``: tokens by pair; None together with ``pair_C``."""
+    token_starts: Tensor | None
+    """int64 ``[U + 1]``: where the tokens of each pair begin in ``order_C``."""
 
     def of_tokens(self, values_U: Tensor) -> Tensor:
         """Each token's share of a pair's value, ``[C]``."""
@@ -57,11 +64,13 @@ class TokenPairs:
 
     def sum_by_pair(self, values_C: Tensor) -> Tensor:
         """Sum over the tokens of each pair, ``[U]``."""
-        return values_C if self.pair_C is None else _sum_at(self.pair_C, values_C, len(self.rows_U))
+        if self.order_C is None or self.token_starts is None:
+            return values_C
+        return _segment_sums(values_C[self.order_C], self.token_starts)
 
     def sum_by_row(self, values_U: Tensor) -> Tensor:
         """Sum over the pairs of each row, ``[T]``."""
-        return values_U if self.pairs_T is None else _segment_sums(values_U, self.pairs_T)
+        return values_U if self.is_single else _segment_sums(values_U, self.starts)
 
 
 def token_pairs(targets_C: Tensor, rows_C: Tensor | None) -> TokenPairs:
@@ -71,16 +80,36 @@ def token_pairs(targets_C: Tensor, rows_C: Tensor | None) -> TokenPairs:
     keep that from waiting for a GPU.
     """
     if rows_C is None:
-        rows_U = torch.arange(len(targets_C), device=targets_C.device)
-        return TokenPairs(rows_U=rows_U, targets_U=targets_C, pairs_T=None, pair_C=None)
+        starts = torch.arange(len(targets_C) + 1, device=targets_C.device)
+        return TokenPairs(
+            rows_U=starts[:-1],
+            targets_U=targets_C,
+            starts=starts,
+            is_single=True,
+            pair_C=None,
+            order_C=None,
+            token_starts=None,
+        )
     stride = targets_C.max() + 1 if len(targets_C) else 1
-    keys_U, pair_C = torch.unique(rows_C * stride + targets_C, return_inverse=True)
+    keys_U, pair_C, tokens_U = torch.unique(
+        rows_C * stride + targets_C, return_inverse=True, return_counts=True
+    )
     rows_U = keys_U // stride
     pairs_T = torch.bincount(rows_U)
-    single = bool((pairs_T == 1).all())
     return TokenPairs(
-        rows_U=rows_U, targets_U=keys_U % stride, pairs_T=None if single else pairs_T, pair_C=pair_C
+        rows_U=rows_U,
+        targets_U=keys_U % stride,
+        starts=_ends(pairs_T),
+        is_single=len(pairs_T) == len(rows_U),
+        pair_C=pair_C,
+        order_C=pair_C.argsort(stable=True),
+        token_starts=_ends(tokens_U),
     )
+
+
+def _ends(lengths: Tensor) -> Tensor:
+    """0 and the running sums."""
+    return functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def pairs_to(pairs: TokenPairs, device: torch.device) -> TokenPairs:
@@ -92,8 +121,11 @@ def pairs_to(pairs: TokenPairs, device: torch.device) -> TokenPairs:
     return TokenPairs(
         rows_U=move(pairs.rows_U),
         targets_U=move(pairs.targets_U),
-        pairs_T=None if pairs.pairs_T is None else move(pairs.pairs_T),
+        starts=move(pairs.starts),
+        is_single=pairs.is_single,
         pair_C=None if pairs.pair_C is None else move(pairs.pair_C),
+        order_C=None if pairs.order_C is None else move(pairs.order_C),
+        token_starts=None if pairs.token_starts is None else move(pairs.token_starts),
     )
 
 
@@ -120,6 +152,11 @@ def head_pass(
     exps, offset_T, others_T, weighted_T, logit_U = torch.ops.omnigrpo.head_exps(
         hidden_TD, weight_VD, pairs.rows_U, pairs.targets_U, temperature, keep
     )
+    if hidden_TD.is_cuda:
+        logprob_U, entropy_T, lse_T, total_T = vocabulary_rows_cuda.row_statistics(
+            offset_T, others_T, weighted_T, logit_U, pairs.starts
+        )
+        return HeadPass(exps=exps, logprob_U=logprob_U, entropy_T=entropy_T, lse_T=lse_T, total_T=total_T)
     offset_T, others_T, weighted_T = offset_T.double(), others_T.double(), weighted_T.double()
     y_U = logit_U.double() * _LOG2E - offset_T[pairs.rows_U]
     e_U = torch.exp2(y_U)
@@ -162,10 +199,25 @@ class RowGrads:
     """``[T]``"""
     target_U: Tensor
     """``[U]``: the derivative at the target's column, whole."""
+    live: Tensor
+    """Integers that add up to the number of rows whose scale is not 0."""
 
 
 def row_grads(passed: HeadPass, pairs: TokenPairs, grads: StatisticGrads, temperature: float) -> RowGrads:
     """The derivative with respect to the products hidden . weight, as the module's formula splits it."""
+    if passed.total_T.is_cuda:
+        scale_T, alpha_T, beta_T, target_U, live = vocabulary_rows_cuda.row_gradients(
+            passed.logprob_U,
+            passed.entropy_T,
+            passed.total_T,
+            pairs.starts,
+            grads.logprob_U,
+            grads.entropy_T,
+            grads.lse_T,
+            temperature,
+            stat_dtype_of(passed.exps.dtype),
+        )
+        return RowGrads(scale_T=scale_T, alpha_T=alpha_T, beta_T=beta_T, target_U=target_U, live=live)
     mass_T = pairs.sum_by_row(grads.logprob_U)
     if grads.lse_T is not None:
         mass_T = mass_T - grads.lse_T
@@ -173,8 +225,13 @@ def row_grads(passed: HeadPass, pairs: TokenPairs, grads: StatisticGrads, temper
     target_U = grads.logprob_U - mass_U - mass_U * torch.expm1(passed.logprob_U)
     inverse_T = -1.0 / (temperature * passed.total_T)
     if grads.entropy_T is None:
+        scale_T = mass_T * inverse_T
         return RowGrads(
-            scale_T=mass_T * inverse_T, alpha_T=None, beta_T=None, target_U=target_U / temperature
+            scale_T=scale_T,
+            alpha_T=None,
+            beta_T=None,
+            target_U=target_U / temperature,
+            live=scale_T.count_nonzero(),
         )
     entropy_U, b_U = passed.entropy_T[pairs.rows_U], grads.entropy_T[pairs.rows_U]
     p_U, lnp_U = (
@@ -183,11 +240,13 @@ def row_grads(passed: HeadPass, pairs: TokenPairs, grads: StatisticGrads, temper
     )  # 0 * infinity at an impossible target
     alpha_T = mass_T + grads.entropy_T * (passed.entropy_T - passed.total_T.log())
     unused_T = (alpha_T == 0) & (grads.entropy_T == 0)
+    scale_T = torch.where(unused_T, 0.0, inverse_T)
     return RowGrads(
-        scale_T=torch.where(unused_T, 0.0, inverse_T),
+        scale_T=scale_T,
         alpha_T=alpha_T,
         beta_T=_LN2 * grads.entropy_T,
         target_U=(target_U - b_U * p_U * (lnp_U + entropy_U)) / temperature,
+        live=scale_T.count_nonzero(),
     )
 
 
@@ -221,9 +280,10 @@ def head_backward(
         The hidden states' gradient ``[T, D]``, float32 (float64), or None; and the number of rows left out.
     """
     stat_dtype = stat_dtype_of(hidden_TD.dtype)
-    live_T = _filling_holes(rows.scale_T != 0)
-    dropped = len(hidden_TD) - len(live_T)
+    num_rows = len(hidden_TD)
+    dropped = num_rows - sum(rows.live.flatten().tolist())
     whole = dropped == 0
+    live_T = torch.arange(num_rows, device=hidden_TD.device) if whole else _filling_holes(rows.scale_T != 0)
 
     def at_live(values_T: Tensor | None) -> Tensor | None:
         return None if values_T is None else (values_T if whole else values_T[live_T]).to(stat_dtype)
@@ -244,16 +304,32 @@ def head_backward(
         )
     elif grad_weight_VD is not None and not accumulate:
         grad_weight_VD.zero_()
-    target_U = rows.target_U.to(stat_dtype)[:, None]
+    target_U = rows.target_U.to(stat_dtype)
     if grad_weight_VD is not None:
-        add_rows_(grad_weight_VD, pairs.targets_U, target_U * hidden_TD[pairs.rows_U])
+        _add_target_rows_(grad_weight_VD, hidden_TD, target_U, pairs)
     if not want_hidden:
         return None, dropped
     grad_TD = grad_live
     if not whole:
         grad_TD = grad_live.new_zeros(hidden_TD.shape).index_copy_(0, live_T, grad_live)
-    add_rows_(grad_TD, pairs.rows_U, target_U * weight_VD[pairs.targets_U])
+    _add_target_columns_(grad_TD, weight_VD, target_U, pairs)
     return grad_TD, dropped
+
+
+def _add_target_rows_(grad_VD: Tensor, hidden_TD: Tensor, target_U: Tensor, pairs: TokenPairs) -> None:
+    """The targets' share of the weight's gradient."""
+    if grad_VD.is_cuda:
+        vocabulary_rows_cuda.add_target_rows_(grad_VD, hidden_TD, target_U, pairs.rows_U, pairs.targets_U)
+    else:
+        grad_VD.index_add_(0, pairs.targets_U, target_U[:, None] * hidden_TD[pairs.rows_U])
+
+
+def _add_target_columns_(grad_TD: Tensor, weight_VD: Tensor, target_U: Tensor, pairs: TokenPairs) -> None:
+    """The targets' share of the hidden states' gradient."""
+    if grad_TD.is_cuda:
+        vocabulary_rows_cuda.add_target_columns_(grad_TD, weight_VD, target_U, pairs.starts, pairs.targets_U)
+    else:
+        grad_TD.index_add_(0, pairs.rows_U, target_U[:, None] * weight_VD[pairs.targets_U])
 
 
 def _filling_holes(live_T: Tensor) -> Tensor:
@@ -265,14 +341,6 @@ def _filling_holes(live_T: Tensor) -> Tensor:
     holes = (~live_T[: len(order_L)]).nonzero().squeeze(1)
     rows_L[holes] = order_L[len(order_L) - len(holes) :]
     return rows_L
-
-
-def add_rows_(into: Tensor, index_U: Tensor, rows_UD: Tensor) -> None:
-    """``into[index] += rows`` where an index may come again, in an order that is the same on every run."""
-    if into.device.type == "cuda":
-        into.index_put_((index_U,), rows_UD, accumulate=True)  # Sorts; index_add_ would race.
-    else:
-        into.index_add_(0, index_U, rows_UD)
 
 
 def stat_dtype_of(dtype: torch.dtype) -> torch.dtype:
@@ -349,16 +417,9 @@ def _check_range(op: str, name: str, index_C: Tensor, size: int, what: str) -> N
             raise ValueError(f"{message}; got {name}s from {low} to {high}")
 
 
-def _segment_sums(values_U: Tensor, lengths_T: Tensor) -> Tensor:
-    """Sums of neighbours; ``unsafe`` leaves out a check of the lengths that would wait for the device."""
-    return torch.segment_reduce(values_U, "sum", lengths=lengths_T, unsafe=True)
-
-
-def _sum_at(index_C: Tensor, values_C: Tensor, size: int) -> Tensor:
-    sums = values_C.new_zeros(size)
-    if sums.device.type == "cuda":
-        return sums.index_put_((index_C,), values_C, accumulate=True)
-    return sums.index_add_(0, index_C, values_C)
+def _segment_sums(values: Tensor, starts: Tensor) -> Tensor:
+    """Sums of neighbours; ``unsafe`` leaves out a check of the offsets that would wait for the device."""
+    return torch.segment_reduce(values, "sum", offsets=starts, unsafe=True)
 
 
 @torch.library.register_fake("omnigrpo::head_exps")

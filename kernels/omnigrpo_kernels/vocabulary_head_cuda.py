@@ -9,8 +9,8 @@ rows. With z = hidden weight^T / temperature, a row's offset k and y = z log2(e)
 Of the two ways to E, writing float32 logits and reading them twice moves some 17 GB at T = 8192, V = 151,936 and
 costs a third of the time of all three products, so E leaves the product's own epilogue. There k must be known before
 the row's maximum is. It is the first target's logit: E then overflows only for a target of probability below 2^-60.
-Such a row is crowded. Its row of tiles runs again, first for the maxima and then with k at the maximum, from a list
-that the device makes itself: nothing waits, and without crowded rows the two launches find an empty list.
+Such a row is crowded. One program takes its row of tiles again, first for the maxima and then with k at the maximum.
+It is launched for every row of tiles, and looks for crowded rows itself: nothing waits for the device.
 
 Sums are taken inside a tile in a fixed order, over the tiles in float64: neither the rows of the chunk nor the number
 of multiprocessors changes a bit of a row's result.
@@ -88,13 +88,9 @@ def head_exps_cuda(
     with torch.cuda.device_of(hidden):
         head = _tiled_head(hidden, weight, pair_rows, pair_targets, temperature, store)
         head.set_first_offsets()
-        head.run_tiles(None)
-        head.merge(again=False)
-        listed = head.crowded_tile_rows()
-        head.run_tiles(listed, maxima=True)
-        head.raise_offsets()
-        head.run_tiles(listed)
-        head.merge(again=True)
+        head.run_tiles()
+        head.merge()
+        head.run_crowded_rows()
     exps = hidden.new_empty((len(hidden), 0)) if head.exps_TV is None else head.exps_TV
     return exps, head.offset_T, head.others_T, head.weighted_T, head.pair_logits_U
 
@@ -110,7 +106,7 @@ def head_exps_from_logits(
         at_pairs_U = logits_TV[pair_rows, pair_targets]
         # Assigning the number itself would copy it from the host, and wait.
         logits_TV.index_put_((pair_rows, pair_targets), logits_TV.new_full((), -math.inf))
-        offset_T = (at_pairs_U[_first_pairs(pair_rows, len(hidden))] * scale).round()
+        offset_T = (at_pairs_U[_pair_starts(pair_rows, len(hidden))[:-1]] * scale).round()
         exps_TV = new_exps(hidden, len(weight)) if store else None
         sweep = _sweep_float64 if hidden.dtype == torch.float64 else _sweep_triton
         others_T, weighted_T = sweep(logits_TV, exps_TV, offset_T, scale)
@@ -236,14 +232,11 @@ class _TiledHead:
     hidden_TD: Tensor
     """What a tensor descriptor can describe, as `weight_VD`."""
     weight_VD: Tensor
-    pair_rows_U: Tensor
+    pair_starts: Tensor
+    """int32 [T + 1]: where the pairs of each row begin."""
     pair_targets_U: Tensor
     scale: float
     """log2(e) / temperature, a float32."""
-    pair_order_U: Tensor
-    """int64: pairs by tile."""
-    tile_pairs: Tensor
-    """int64 [tiles + 1]: where each tile's pairs begin in `pair_order_U`."""
     exps_TV: Tensor | None
     offset_T: Tensor
     pair_logits_U: Tensor
@@ -251,122 +244,122 @@ class _TiledHead:
     weighted_T: Tensor
     partials: Tensor
     """float32 [2, columns of tiles, T]."""
-    crowded: Tensor
-    """int32 [rows of tiles, their rows]: 1 where a row needs another offset."""
 
     def set_first_offsets(self) -> None:
         num_rows, width = self.hidden_TD.shape
         _kernels().target_offsets[(num_rows,)](
             self.hidden_TD,
             self.weight_VD,
-            _first_pairs(self.pair_rows_U, num_rows),
+            self.pair_starts,
             self.pair_targets_U,
             self.offset_T,
             width,
             self.weight_VD.shape[0],
-            len(self.pair_rows_U),
+            len(self.pair_targets_U),
             self.scale,
             BLOCK=1024,
         )
 
-    def run_tiles(self, listed: Tensor | None, *, maxima: bool = False) -> None:
-        """Every row of tiles, or those that ``listed`` names."""
+    def run_tiles(self) -> None:
+        """E and its sums of all rows, whose offsets are known."""
         kernels, tiling = _kernels(), self.tiling
         num_rows, width = self.hidden_TD.shape
-        to_nats = self.scale * math.log(2)
-        store = self.exps_TV is not None and not maxima
+        exps_TV = self.hidden_TD if self.exps_TV is None else self.exps_TV
         kernels.exp_tiles[(tiling.programs * _num_multiprocessors(self.hidden_TD),)](
             kernels.describe(self.hidden_TD, [tiling.rows, tiling.depth]),
             kernels.describe(self.weight_VD, [tiling.columns, tiling.depth]),
-            kernels.describe(
-                self.hidden_TD if self.exps_TV is None else self.exps_TV, [tiling.rows, tiling.columns // 2]
-            ),
+            kernels.describe(exps_TV, [tiling.rows, tiling.columns // 2]),
             self.offset_T,
-            self.pair_order_U,
-            self.tile_pairs,
-            self.pair_rows_U,
+            self.pair_starts,
             self.pair_targets_U,
             self.pair_logits_U,
             self.partials,
-            self.crowded if listed is None else listed,
             num_rows,
             self.weight_VD.shape[0],
             width,
-            self.crowded.shape[0],
+            -(-num_rows // tiling.rows),
             self.partials.shape[1],
             max(1, BAND_BYTES // (tiling.rows * width * self.hidden_TD.element_size())),
-            self.scale,
-            _float32(to_nats),
-            to_nats - _float32(to_nats),
-            -1e30 / self.scale,
+            *self._scales(),
             ROWS=tiling.rows,
             COLUMNS=tiling.columns,
             DEPTH=tiling.depth,
-            STORE=store,
-            LISTED=listed is not None,
-            MAXIMA=maxima,
+            STORE=self.exps_TV is not None,
             UPCAST=kernels.INTERPRETED,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
             enable_fp_fusion=True,  # log2 E is rounded once
         )
 
-    def merge(self, *, again: bool) -> None:
-        """The rows' sums, and which rows are crowded; ``again``: the sums of those."""
+    def merge(self) -> None:
+        """The rows' sums."""
         num_rows = len(self.offset_T)
         _kernels().merge_partials[(-(-num_rows // 16),)](
             self.partials,
             self.others_T,
             self.weighted_T,
-            self.crowded,
             num_rows,
             self.partials.shape[1],
-            CROWDED,
-            AGAIN=again,
             ROWS=16,
             TILES=64,
         )
 
-    def raise_offsets(self) -> None:
-        num_rows = len(self.offset_T)
-        _kernels().raise_offsets[(-(-num_rows // 16),)](
-            self.partials, self.crowded, self.offset_T, num_rows, self.partials.shape[1], ROWS=16, TILES=64
+    def run_crowded_rows(self) -> None:
+        """Rows whose sum is not below `CROWDED`, with another offset."""
+        kernels, tiling = _kernels(), self.tiling
+        num_rows, width = self.hidden_TD.shape
+        exps_TV = self.hidden_TD if self.exps_TV is None else self.exps_TV
+        kernels.crowded_rows[(-(-num_rows // tiling.rows),)](
+            kernels.describe(self.hidden_TD, [tiling.rows, tiling.depth]),
+            kernels.describe(self.weight_VD, [tiling.columns, tiling.depth]),
+            exps_TV,
+            self.offset_T,
+            self.pair_starts,
+            self.pair_targets_U,
+            self.pair_logits_U,
+            self.others_T,
+            self.weighted_T,
+            num_rows,
+            self.weight_VD.shape[0],
+            width,
+            self.partials.shape[1],
+            exps_TV.stride(0),
+            *self._scales(),
+            CROWDED,
+            ROWS=tiling.rows,
+            COLUMNS=tiling.columns,
+            DEPTH=tiling.depth,
+            STORE=self.exps_TV is not None,
+            UPCAST=kernels.INTERPRETED,
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+            enable_fp_fusion=True,
         )
 
-    def crowded_tile_rows(self) -> Tensor:
-        """int32: how many rows of tiles hold a crowded row, then which ones."""
-        flags = self.crowded.amax(dim=1)
-        order = torch.argsort(flags, descending=True, stable=True)
-        return torch.cat([flags.sum(dim=0, keepdim=True), order]).to(torch.int32)
+    def _scales(self) -> tuple[float, float, float, float]:
+        """From a product to log2 E and, as a sum of two floats, to nats; and a product of which exp2 leaves nothing."""
+        to_nats = self.scale * math.log(2)
+        return self.scale, _float32(to_nats), to_nats - _float32(to_nats), -1e30 / self.scale
 
 
 def _tiled_head(
     hidden: Tensor, weight: Tensor, pair_rows: Tensor, pair_targets: Tensor, temperature: float, store: bool
 ) -> _TiledHead:
     tiling, num_rows = _tiling(hidden), len(hidden)
-    tile_rows, tile_columns = -(-num_rows // tiling.rows), -(-len(weight) // tiling.columns)
-    tiles_U = pair_rows // tiling.rows * tile_columns + pair_targets // tiling.columns
-    ordered_U, pair_order_U = tiles_U.sort()
-    tile_pairs = torch.searchsorted(
-        ordered_U, torch.arange(tile_rows * tile_columns + 1, device=hidden.device)
-    )
     offset_T, others_T, weighted_T = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
     return _TiledHead(
         tiling=tiling,
         hidden_TD=_aligned(hidden),
         weight_VD=_aligned(weight),
-        pair_rows_U=pair_rows.contiguous(),
+        pair_starts=_pair_starts(pair_rows, num_rows),
         pair_targets_U=pair_targets.contiguous(),
         scale=_float32(math.log2(math.e) / temperature),
-        pair_order_U=pair_order_U,
-        tile_pairs=tile_pairs,
         exps_TV=new_exps(hidden, len(weight)) if store else None,
         offset_T=offset_T,
         pair_logits_U=hidden.new_full(pair_rows.shape, math.nan, dtype=torch.float32),
         others_T=others_T,
         weighted_T=weighted_T,
-        partials=hidden.new_empty((2, tile_columns, num_rows), dtype=torch.float32),
-        crowded=hidden.new_zeros((tile_rows, tiling.rows), dtype=torch.int32),
+        partials=hidden.new_empty((2, -(-len(weight) // tiling.columns), num_rows), dtype=torch.float32),
     )
 
 
@@ -383,8 +376,10 @@ def _num_multiprocessors(hidden: Tensor) -> int:
     return torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 2
 
 
-def _first_pairs(pair_rows_U: Tensor, num_rows: int) -> Tensor:
-    return torch.searchsorted(pair_rows_U, torch.arange(num_rows, device=pair_rows_U.device))
+def _pair_starts(pair_rows_U: Tensor, num_rows: int) -> Tensor:
+    """int32 [T + 1]: the first pair of each row, and their number."""
+    rows = torch.arange(num_rows + 1, device=pair_rows_U.device)
+    return torch.searchsorted(pair_rows_U, rows, out_int32=True)
 
 
 def new_exps(hidden: Tensor, vocabulary: int) -> Tensor:

@@ -26,7 +26,7 @@ def describe(matrix: Tensor, block: list[int]) -> TensorDescriptor:
 def target_offsets(
     hidden,  # [T, D]
     weight,  # [V, D]
-    first_pair,  # int64 [T]
+    pair_starts,  # int32 [T + 1]: where the pairs of each row begin
     pair_targets,  # int64 [U]
     offset,  # float32 [T], written
     width,
@@ -37,7 +37,7 @@ def target_offsets(
 ):
     """offset = round(scale * hidden . weight[first target]); NaN where that target is outside the vocabulary."""
     row = tl.program_id(0).to(tl.int64)
-    pair = tl.minimum(tl.load(first_pair + row), num_pairs - 1)
+    pair = tl.minimum(tl.load(pair_starts + row), num_pairs - 1)
     target = tl.load(pair_targets + pair)
     known = (target >= 0) & (target < vocabulary)
     target = tl.where(known, target, 0)
@@ -52,22 +52,84 @@ def target_offsets(
     tl.store(offset + row, tl.where(known, k, float("nan")))
 
 
+@triton.jit
+def tile_product(
+    hidden,
+    weight,
+    row,
+    column,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """float32 [ROWS, COLUMNS] of hidden weight^T, from the row and the column on."""
+    product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for depth in range(0, width, DEPTH):
+        x = hidden.load([row, depth])
+        w = weight.load([column, depth])
+        if UPCAST:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        product = tl.dot(x, w.T, product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def without_targets(
+    product,  # float32 [ROWS, COLUMNS]
+    pair_starts,
+    pair_targets,
+    pair_logits,
+    keep,  # bool [ROWS]: whose pairs' logits are written
+    row,
+    column,
+    num_rows,
+    vocabulary,
+    to_nats,
+    to_nats_rest,
+    masked,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The product with ``masked`` at the rows' targets and beyond the vocabulary; the targets' logits are written."""
+    columns = column + tl.arange(0, COLUMNS)
+    if column + COLUMNS > vocabulary:
+        product = tl.where(columns[None, :] < vocabulary, product, masked)
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    first = tl.load(pair_starts + rows, mask=inside, other=0)
+    count = tl.load(pair_starts + rows + 1, mask=inside, other=0) - first
+    place = 0
+    most = tl.max(count, axis=0)
+    while place < most:  # once, but for rows that predict several tokens
+        target = tl.load(pair_targets + first + place, mask=place < count, other=-1)
+        target = tl.where((target >= 0) & (target < vocabulary), target, -1).to(tl.int32)
+        here = (target >= column) & (target < column + COLUMNS)
+        if tl.max(here.to(tl.int32), axis=0) > 0:  # most tiles have none
+            hit = here[:, None] & (columns[None, :] == target[:, None])
+            at_pair = tl.sum(tl.where(hit, product, 0.0), axis=1)
+            logit = at_pair * to_nats + at_pair * to_nats_rest
+            tl.store(pair_logits + first + place, logit, mask=here & keep)
+            product = tl.where(hit, masked, product)
+        place += 1
+    return product
+
+
 @triton.jit(
     do_not_specialize=["num_rows", "vocabulary", "width", "num_tile_rows", "num_tile_columns", "group"],
-    do_not_specialize_on_alignment=["pair_rows", "pair_targets"],
+    do_not_specialize_on_alignment=["pair_targets"],
 )
 def exp_tiles(
     hidden,  # descriptor of [T, D] in blocks [ROWS, DEPTH]
     weight,  # descriptor of [V, D] in blocks [COLUMNS, DEPTH]
     exps,  # descriptor of [T, V] in blocks [ROWS, COLUMNS // 2], written when STORE
     offset,  # float32 [T]
-    pair_order,  # int64 [U]: pairs by tile
-    tile_pairs,  # int64 [tiles + 1]: where the pairs of each tile begin in pair_order
-    pair_rows,  # int64 [U]
+    pair_starts,  # int32 [T + 1]: where the pairs of each row begin
     pair_targets,  # int64 [U]
     pair_logits,  # float32 [U], written
     partials,  # float32 [2, J, T], written
-    listed,  # int32 [1 + rows of tiles]: with LISTED, how many rows of tiles to work on, then which ones
     num_rows,
     vocabulary,
     width,
@@ -82,81 +144,142 @@ def exp_tiles(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     STORE: tl.constexpr,
-    LISTED: tl.constexpr,
-    MAXIMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Tiles of exp2(scale * hidden weight^T - offset), and what each leaves of its rows in ``partials``.
 
-    That is the sums of E and of E log2 E, without the columns of the row's targets, or with MAXIMA the maximum of
-    log2 E, and nothing else is written. Programs stay for many tiles; a band of ``group`` rows of tiles goes through
-    the vocabulary together, so that its hidden states stay in L2 and each weight is read from memory once per band.
+    That is the sums of E and of E log2 E, without the columns of the row's targets. Programs stay for many tiles; a
+    band of ``group`` rows of tiles goes through the vocabulary together, so that its hidden states stay in L2 and each
+    weight is read from memory once per band.
     """
-    num_listed = num_tile_rows
-    if LISTED:
-        num_listed = tl.load(listed)
-    for tile in range(tl.program_id(0), num_listed * num_tile_columns, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), num_tile_rows * num_tile_columns, tl.num_programs(0)):
         band = tile // (group * num_tile_columns)
-        height = tl.minimum(group, num_listed - band * group)
+        height = tl.minimum(group, num_tile_rows - band * group)
         within = tile - band * group * num_tile_columns
-        tile_row = band * group + within % height
+        row = (band * group + within % height) * ROWS
         tile_column = within // height
-        if LISTED:
-            tile_row = tl.load(listed + 1 + tile_row)
-        row = tile_row * ROWS
         column = tile_column * COLUMNS
 
-        product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for depth in range(0, width, DEPTH):
-            x = hidden.load([row, depth])
-            w = weight.load([column, depth])
-            if UPCAST:
-                x = x.to(tl.float32)
-                w = w.to(tl.float32)
-            product = tl.dot(x, w.T, product, input_precision="ieee")
-
-        tile_row_index = tl.arange(0, ROWS)
-        tile_column_index = tl.arange(0, COLUMNS)
-        if column + COLUMNS > vocabulary:
-            product = tl.where(tile_column_index[None, :] < vocabulary - column, product, masked)
-        if not MAXIMA:
-            pairs_at = tile_pairs + tile_row.to(tl.int64) * num_tile_columns + tile_column
-            place = tl.load(pairs_at)
-            end = tl.load(pairs_at + 1)
-            while place < end:  # most tiles have none
-                pair = tl.load(pair_order + place)
-                pair_row = (tl.load(pair_rows + pair) - row).to(tl.int32)
-                pair_column = (tl.load(pair_targets + pair) - column).to(tl.int32)
-                hit = (tile_row_index == pair_row)[:, None] & (tile_column_index == pair_column)[None, :]
-                at_pair = tl.sum(tl.sum(tl.where(hit, product, 0.0), axis=1), axis=0)
-                own = (pair_row >= 0) & (pair_row < ROWS) & (pair_column >= 0) & (pair_column < COLUMNS)
-                own = own & (pair_column < vocabulary - column)
-                tl.store(pair_logits + pair, at_pair * to_nats + at_pair * to_nats_rest, mask=own)
-                product = tl.where(hit, masked, product)
-                place += 1
-
-        rows = row + tile_row_index
+        product = tile_product(hidden, weight, row, column, width, ROWS, COLUMNS, DEPTH, UPCAST)
+        rows = row + tl.arange(0, ROWS)
         inside = rows < num_rows
+        product = without_targets(
+            product,
+            pair_starts,
+            pair_targets,
+            pair_logits,
+            inside,
+            row,
+            column,
+            num_rows,
+            vocabulary,
+            to_nats,
+            to_nats_rest,
+            masked,
+            ROWS,
+            COLUMNS,
+        )
         out = partials + tile_column.to(tl.int64) * num_rows + rows
         k = tl.load(offset + rows, mask=inside, other=0.0)
         y = product * scale - k[:, None]
-        if MAXIMA:
-            tl.store(out, tl.max(y, axis=1), mask=inside)
-        else:
-            # Half a tile at a time: e, y and the accumulators of a whole one do not fit in the registers.
-            left, right = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-            e = tl.exp2(left)
-            others = tl.sum(e, axis=1)
-            weighted = tl.sum(e * left, axis=1)
+        # Half a tile at a time: e, y and the accumulators of a whole one do not fit in the registers.
+        left, right = tl.split(tl.permute(tl.reshape(y, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        e = tl.exp2(left)
+        others = tl.sum(e, axis=1)
+        weighted = tl.sum(e * left, axis=1)
+        if STORE:
+            exps.store([row, column], e.to(exps.dtype))
+        e = tl.exp2(right)
+        others += tl.sum(e, axis=1)
+        weighted += tl.sum(e * right, axis=1)
+        if STORE:
+            exps.store([row, column + COLUMNS // 2], e.to(exps.dtype))
+        tl.store(out, others, mask=inside)
+        tl.store(out + num_tile_columns.to(tl.int64) * num_rows, weighted, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "vocabulary", "width", "num_tile_columns"],
+    do_not_specialize_on_alignment=["pair_targets"],
+)
+def crowded_rows(
+    hidden,  # descriptor of [T, D] in blocks [ROWS, DEPTH]
+    weight,  # descriptor of [V, D] in blocks [COLUMNS, DEPTH]
+    exps,  # [T, V] in rows of `exps_stride`, written when STORE
+    offset,  # float32 [T]: raised by the rounded maximum of log2 E
+    pair_starts,  # int32 [T + 1]
+    pair_targets,  # int64 [U]
+    pair_logits,  # float32 [U], written
+    others,  # float32 [T]: in, which rows are crowded; out, their sums
+    weighted,  # float32 [T]
+    num_rows,
+    vocabulary,
+    width,
+    num_tile_columns,
+    exps_stride,
+    scale,
+    to_nats,
+    to_nats_rest,
+    masked,
+    limit,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STORE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A row of tiles per program: where ``others`` is not below ``limit``, all of it again with another offset.
+
+    Twice through the vocabulary, for the maxima and then for E. Other rows of the same tiles keep what they have.
+    """
+    row = tl.program_id(0) * ROWS
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    crowded = inside & ~(tl.load(others + rows, mask=inside, other=0.0) < limit)  # NaN is no number below it
+    if tl.max(crowded.to(tl.int32), axis=0) > 0:
+        k = tl.load(offset + rows, mask=inside, other=0.0)
+        largest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+        for tile_column in range(num_tile_columns):
+            column = tile_column * COLUMNS
+            product = tile_product(hidden, weight, row, column, width, ROWS, COLUMNS, DEPTH, UPCAST)
+            columns = column + tl.arange(0, COLUMNS)
+            y = tl.where(columns[None, :] < vocabulary, product, masked) * scale - k[:, None]
+            largest = tl.maximum(largest, tl.max(y, axis=1))
+        k += tl.floor(largest + 0.5)
+        tl.store(offset + rows, k, mask=crowded)
+
+        sum_others = tl.zeros((ROWS,), dtype=tl.float64)
+        sum_weighted = tl.zeros((ROWS,), dtype=tl.float64)
+        for tile_column in range(num_tile_columns):
+            column = tile_column * COLUMNS
+            product = tile_product(hidden, weight, row, column, width, ROWS, COLUMNS, DEPTH, UPCAST)
+            product = without_targets(
+                product,
+                pair_starts,
+                pair_targets,
+                pair_logits,
+                crowded,
+                row,
+                column,
+                num_rows,
+                vocabulary,
+                to_nats,
+                to_nats_rest,
+                masked,
+                ROWS,
+                COLUMNS,
+            )
+            y = product * scale - k[:, None]
+            e = tl.exp2(y)
+            sum_others += tl.sum(e, axis=1).to(tl.float64)
+            sum_weighted += tl.sum(e * y, axis=1).to(tl.float64)
             if STORE:
-                exps.store([row, column], e.to(exps.dtype))
-            e = tl.exp2(right)
-            others += tl.sum(e, axis=1)
-            weighted += tl.sum(e * right, axis=1)
-            if STORE:
-                exps.store([row, column + COLUMNS // 2], e.to(exps.dtype))
-            tl.store(out, others, mask=inside)
-            tl.store(out + num_tile_columns.to(tl.int64) * num_rows, weighted, mask=inside)
+                columns = column + tl.arange(0, COLUMNS)
+                at = rows.to(tl.int64)[:, None] * exps_stride + columns[None, :]
+                mask = crowded[:, None] & (columns[None, :] < vocabulary)
+                tl.store(exps + at, e.to(exps.dtype.element_ty), mask=mask)
+        tl.store(others + rows, sum_others.to(tl.float32), mask=crowded)
+        tl.store(weighted + rows, sum_weighted.to(tl.float32), mask=crowded)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tile_columns"])
@@ -164,19 +287,14 @@ def merge_partials(
     partials,  # float32 [2, J, T]
     others,  # float32 [T], written
     weighted,  # float32 [T], written
-    crowded,  # int32, at least [T]: 1 where `others` is not below `limit`; written unless AGAIN
     num_rows,
     num_tile_columns,
-    limit,
-    AGAIN: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Sums over the columns of tiles in float64, in one order; with AGAIN for the crowded rows alone."""
+    """Sums over the columns of tiles in float64, in one order."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
-    if AGAIN:
-        inside = inside & (tl.load(crowded + rows, mask=inside, other=0) != 0)
     sum_others = tl.zeros((ROWS,), dtype=tl.float64)
     sum_weighted = tl.zeros((ROWS,), dtype=tl.float64)
     for start in range(0, num_tile_columns, TILES):
@@ -186,35 +304,8 @@ def merge_partials(
         sum_others += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float64), axis=0)
         at += num_tile_columns.to(tl.int64) * num_rows
         sum_weighted += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float64), axis=0)
-    total = sum_others.to(tl.float32)
-    tl.store(others + rows, total, mask=inside)
+    tl.store(others + rows, sum_others.to(tl.float32), mask=inside)
     tl.store(weighted + rows, sum_weighted.to(tl.float32), mask=inside)
-    if not AGAIN:
-        tl.store(crowded + rows, tl.where(total < limit, 0, 1), mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_tile_columns"])
-def raise_offsets(
-    partials,  # float32 [2, J, T]: in the first half the maxima of log2 E
-    crowded,  # int32, at least [T]
-    offset,  # float32 [T]: raised by the rounded maximum where crowded
-    num_rows,
-    num_tile_columns,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Moves a crowded row's offset to its largest logit."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_rows
-    inside = inside & (tl.load(crowded + rows, mask=inside, other=0) != 0)
-    largest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-    for start in range(0, num_tile_columns, TILES):
-        tiles = start + tl.arange(0, TILES)
-        mask = (tiles < num_tile_columns)[:, None] & inside[None, :]
-        at = partials + tiles.to(tl.int64)[:, None] * num_rows + rows[None, :]
-        largest = tl.maximum(largest, tl.max(tl.load(at, mask=mask, other=float("-inf")), axis=0))
-    k = tl.load(offset + rows, mask=inside, other=0.0)
-    tl.store(offset + rows, k + tl.floor(largest + 0.5), mask=inside)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from omnigrpo_kernels import extension
 from omnigrpo_kernels.vocabulary_head import (
     StatisticGrads,
     TokenPairs,
-    add_rows_,
     check_head_inputs,
     head_backward,
     head_pass,
@@ -441,8 +440,7 @@ def test_pairs_of_tokens_that_share_rows_and_targets() -> None:
     pairs = token_pairs(torch.tensor([5, 3, 2, 5, 3]), torch.tensor([0, 0, 1, 0, 0]))
     assert pairs.rows_U.tolist() == [0, 0, 1]
     assert pairs.targets_U.tolist() == [3, 5, 2]
-    assert pairs.pairs_T is not None
-    assert pairs.pairs_T.tolist() == [2, 1]
+    assert (pairs.starts.tolist(), pairs.is_single) == ([0, 2, 3], False)
     assert pairs.pair_C is not None
     assert pairs.pair_C.tolist() == [1, 0, 2, 1, 0]
     of_pairs, of_tokens = torch.tensor([10.0, 20.0, 30.0]), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
@@ -454,7 +452,7 @@ def test_pairs_of_tokens_that_share_rows_and_targets() -> None:
 
 def test_pairs_of_tokens_of_their_own_rows() -> None:
     given = token_pairs(torch.tensor([4, 4, 0]), torch.tensor([2, 0, 1]))
-    assert given.pairs_T is None
+    assert (given.starts.tolist(), given.is_single) == ([0, 1, 2, 3], True)
     assert given.rows_U.tolist() == [0, 1, 2]
     assert given.targets_U.tolist() == [4, 0, 4]
     assert given.of_tokens(torch.tensor([1, 2, 3])).tolist() == [3, 1, 2]
@@ -465,7 +463,10 @@ def test_pairs_of_tokens_of_their_own_rows() -> None:
     summed = (alone.of_tokens, alone.rows_of_tokens, alone.sum_by_pair, alone.sum_by_row)
     assert all(each(values) is values for each in summed)
     moved = pairs_to(given, torch.device("meta"))
-    assert (moved.targets_U.device.type, moved.pairs_T) == ("meta", None)
+    assert all(
+        index is not None and index.device.type == "meta"
+        for index in (moved.rows_U, moved.targets_U, moved.starts, moved.order_C, moved.token_starts)
+    )
 
 
 def dense_statistics(
@@ -618,12 +619,6 @@ def test_backward_of_one_side_alone() -> None:
     assert both[1].count_nonzero() == 0
     assert backward(alone, False) is None
     assert torch.equal(alone, grad_weight)
-
-
-def test_rows_add_up_where_an_index_comes_again() -> None:
-    into = torch.ones(3, 2)
-    add_rows_(into, torch.tensor([2, 0, 2]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [10.0, 20.0]]))
-    assert into.tolist() == [[4, 5], [1, 1], [12, 23]]
 
 
 @pytest.mark.parametrize(
