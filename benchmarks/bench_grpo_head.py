@@ -27,6 +27,7 @@ OWN_TESTS = tuple(
         "linear_token_loss",
         "vocabulary_head",
         "vocabulary_head_cuda",
+        "vocabulary_rows_cuda",
     )
 )
 PRODUCTS = "three products"
