@@ -23,6 +23,7 @@ OWN_TESTS = tuple(
     for op in (
         "grpo_head",
         "grpo_objective",
+        "grpo_objective_cuda",
         "linear_logprob",
         "linear_token_loss",
         "vocabulary_head",

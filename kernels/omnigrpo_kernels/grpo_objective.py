@@ -29,6 +29,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from omnigrpo_kernels import grpo_objective_cuda
+
 LossForm = Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"]
 KlEstimator = Literal["k1", "k2", "k3", "k3_k2grad"]
 ImportanceCorrection = Literal["truncated", "masked"]
@@ -265,6 +267,8 @@ def token_terms(
             importance correction without rollout log-probs.
     """
     _check_inputs(logprob_C, entropy_C, batch, config)
+    if logprob_C.is_cuda and logprob_C.dtype == torch.float32 and not couples_sequences(batch, config):
+        return _token_terms_cuda(logprob_C, entropy_C, batch, config)
     active_C = batch.weight_C != 0
     logprob_C = torch.where(active_C, logprob_C, 0)
     advantage_C, old_C, reference_C, rollout_C = (
@@ -292,6 +296,49 @@ def token_terms(
         ratio_C=ratio_C.detach(),
         clipped_C=clipped_C,
         importance_C=importance_C,
+    )
+
+
+def _token_terms_cuda(
+    logprob_C: Tensor, entropy_C: Tensor, batch: TokenBatch, config: ObjectiveConfig
+) -> TokenTerms:
+    """The same in one launch; GSPO's ratio, which couples tokens, has none."""
+    terms = grpo_objective_cuda.objective_terms(
+        logprob_C,
+        entropy_C,
+        batch.weight_C,
+        batch.advantage_C,
+        batch.old_C,
+        batch.reference_C,
+        batch.rollout_C,
+        switches(batch, config),
+    )
+    return TokenTerms(
+        loss_C=terms.loss_C,
+        kl_C=terms.kl_C,
+        ratio_C=terms.ratio_C,
+        clipped_C=terms.clipped_C,
+        importance_C=terms.importance_C,
+    )
+
+
+def switches(batch: TokenBatch, config: ObjectiveConfig) -> grpo_objective_cuda.Switches:
+    """What the CUDA kernel is told."""
+    corrects = config.max_importance_weight is not None and batch.rollout_C is not None
+    return grpo_objective_cuda.Switches(
+        loss=config.loss if config.loss in ("sapo", "cispo") else "clip",
+        kl="none" if batch.reference_C is None else config.kl_estimator,
+        importance=config.importance_correction if corrects else "none",
+        low=1 - config.clip_low,
+        high=1 + config.clip_high,
+        dual=math.inf if config.dual_clip is None else config.dual_clip,
+        positive_temperature=config.sapo_temperature_positive,
+        negative_temperature=config.sapo_temperature_negative,
+        kl_coefficient=config.kl_coefficient,
+        entropy_coefficient=config.entropy_coefficient,
+        smallest_importance=config.min_importance_weight,
+        largest_importance=config.max_importance_weight or math.inf,
+        log_bound=LOG_RATIO_BOUND,
     )
 
 

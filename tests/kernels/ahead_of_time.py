@@ -13,6 +13,7 @@ SHORT = {
     "float16": "fp16",
     "float32": "fp32",
     "float64": "fp64",
+    "bool": "i1",
     "int32": "i32",
     "int64": "i64",
 }
