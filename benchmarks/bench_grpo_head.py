@@ -108,6 +108,7 @@ def compare(
     targets: Targets,
 ) -> None:
     """Measure every head at one size, with gradients and the log-prob alone, and check what ours promises."""
+    torch.compiler.reset()  # Else compiled heads are compiled again, for any shape, and Liger's then fails.
     problem = random_problem(*size, device=bench.device, dtype=bench.dtype)
     label = "T={} D={} V={}".format(*size)
     timings = _compare_updates(bench, heads, problem, f"forward + backward, {label}")
