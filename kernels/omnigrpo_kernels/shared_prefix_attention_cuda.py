@@ -23,7 +23,7 @@ bits that is nothing. Where P is a float32, lse is a float64, for 4 bytes more a
 import importlib
 import math
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from types import ModuleType
 
 import torch
@@ -31,12 +31,14 @@ from torch import Tensor
 
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 from omnigrpo_kernels.shared_prefix_tiles import KeyTiles, Segments, find_segments, key_tiles, query_tiles
+from omnigrpo_kernels.triton_launch import launch
 
 PARTS_PER_MULTIPROCESSOR = 4
 """Programs of the keys' kernel: enough that the last ones to run are a small part of the whole."""
 KEPT_LAYOUTS = 8
 SLICE = 16
 """Rows of a tile whose partial sums one program adds."""
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,38 +104,10 @@ def attention_forward(
         o ``[Q, N, H]`` in the dtype of q, and in `lse_dtype` the log-sum-exp ``[N, Q]`` in nats. Raises ValueError
         for a dtype, head width or scale that the kernels do not have.
     """
-    _check(q_TNH, scale)
-    kernels, call = _kernels(), _Call.of(q_TNH, k_TKH, layout)
-    q_TNH, k_TKH, v_TKH = (_rows(rows) for rows in (q_TNH, k_TKH, v_TKH))
-    o_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-    lse_NT = q_TNH.new_empty((q_TNH.shape[1], q_TNH.shape[0]), dtype=lse_dtype(q_TNH.dtype))
-    blocks = call.tiling.forward
-    tiles = call.query_tiles(blocks)
-    if len(tiles):
-        block = [blocks.step, call.head_block]
-        with torch.cuda.device_of(q_TNH):
-            kernels.attend_tiles[(len(tiles) * call.num_kv_heads,)](
-                q_TNH,
-                kernels.describe(k_TKH, block),
-                kernels.describe(v_TKH, block),
-                call.first_rows(),
-                tiles,
-                o_TNH,
-                lse_NT,
-                q_TNH.stride(0),
-                q_TNH.shape[0],
-                call.num_kv_heads,
-                scale * math.log2(math.e),
-                HEADS=call.heads_per_kv,
-                WIDTH=call.width,
-                HEAD=call.head_block,
-                ROWS=blocks.rows,
-                COLUMNS=blocks.step,
-                UPCAST=kernels.INTERPRETED,
-                num_warps=blocks.num_warps,
-                num_stages=blocks.num_stages,
-            )
-    return o_TNH, lse_NT
+    _check_scale(scale)
+    plan = _plan_of(q_TNH, k_TKH, layout)
+    with torch.cuda.device_of(q_TNH):
+        return plan.forward(_rows(q_TNH), _rows(k_TKH), _rows(v_TKH), scale)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -155,226 +129,256 @@ def attention_backward(
 
     ``o_TNH`` and ``lse_NT`` are `attention_forward`'s; raises as it does.
     """
-    _check(q_TNH, scale)
-    call = _Call.of(q_TNH, k_TKH, layout)
-    do_TNH, q_TNH, k_TKH, v_TKH, o_TNH = (_rows(rows) for rows in (do_TNH, q_TNH, k_TKH, v_TKH, o_TNH))
-    lse_NT = lse_NT.contiguous()
+    _check_scale(scale)
+    plan = _plan_of(q_TNH, k_TKH, layout)
+    grads = tuple(
+        torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) for rows in (q_TNH, k_TKH, v_TKH)
+    )
+    rows = (_rows(rows) for rows in (do_TNH, q_TNH, k_TKH, v_TKH, o_TNH))
     with torch.cuda.device_of(q_TNH):
-        dots_NT = _output_dots(do_TNH, o_TNH, call)
-        dq_TNH = _query_gradient(do_TNH, q_TNH, k_TKH, v_TKH, lse_NT, dots_NT, call, scale)
-        dk_TKH, dv_TKH = _key_gradients(do_TNH, q_TNH, k_TKH, v_TKH, lse_NT, dots_NT, call, scale)
-    return dq_TNH, dk_TKH, dv_TKH
+        plan.backward(*rows, lse_NT.contiguous(), scale, *grads)
+    return grads
 
 
-def _output_dots(do_TNH: Tensor, o_TNH: Tensor, call: "_Call") -> Tensor:
-    num_rows, num_heads, width = o_TNH.shape
-    dots_NT = o_TNH.new_empty((num_heads, num_rows), dtype=torch.float32)
-    rows = 64
-    if num_rows:
-        _kernels().output_dots[(-(-num_rows // rows) * num_heads,)](
-            do_TNH,
-            o_TNH,
-            dots_NT,
-            do_TNH.stride(0),
-            o_TNH.stride(0),
-            num_rows,
-            num_heads,
-            WIDTH=width,
-            HEAD=call.head_block,
-            ROWS=rows,
-        )
-    return dots_NT
+class AttentionPlan:
+    """Both directions for one layout, dtype and geometry: what their launches share is made at the first one.
 
+    Rows that it is given or writes have their heads side by side and are 16-byte aligned: ``[T, (N + 2K) * H]`` holds
+    q, k and v. The device of the tensors must be the current one.
+    """
 
-def _query_gradient(
-    do_TNH: Tensor,
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    lse_NT: Tensor,
-    dots_NT: Tensor,
-    call: "_Call",
-    scale: float,
-) -> Tensor:
-    kernels, blocks = _kernels(), call.tiling.queries
-    dq_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-    tiles = call.query_tiles(blocks)
-    if len(tiles):
-        block = [blocks.step, call.head_block]
-        kernels.query_gradient_tiles[(len(tiles) * call.num_kv_heads,)](
-            do_TNH,
-            q_TNH,
-            kernels.describe(k_TKH, block),
-            kernels.describe(v_TKH, block),
-            lse_NT,
-            dots_NT,
-            call.first_rows(),
-            tiles,
-            dq_TNH,
-            do_TNH.stride(0),
-            q_TNH.stride(0),
-            q_TNH.shape[0],
-            call.num_kv_heads,
-            scale * math.log2(math.e),
-            HEADS=call.heads_per_kv,
-            WIDTH=call.width,
-            HEAD=call.head_block,
-            ROWS=blocks.rows,
-            COLUMNS=blocks.step,
-            UPCAST=kernels.INTERPRETED,
+    def __init__(
+        self,
+        layout: SharedPrefixLayout,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_heads: int,
+        num_kv_heads: int,
+        width: int,
+    ) -> None:
+        """Raises ValueError for a dtype or head width that the kernels do not have."""
+        _check(dtype, width)
+        self.num_query_rows, self.num_rows = layout.num_query_rows, layout.num_rows
+        self.num_heads, self.num_kv_heads, self.width = num_heads, num_kv_heads, width
+        self._layout, self._device, self._dtype = layout, device, dtype
+        self._heads_per_kv = num_heads // num_kv_heads
+        self._head_block = max(16, 1 << (width - 1).bit_length())
+        """The power of two that holds a head, at least what a tensor core takes."""
+        self._tiling = _tiling(device, dtype, self._head_block)
+        self._kernels = _kernels()
+
+    def forward(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """o ``[Q, N, H]`` and log-sum-exp ``[N, Q]``."""
+        shape = self.num_query_rows, self.num_heads, self.width
+        o_TNH = torch.empty(shape, dtype=self._dtype, device=self._device)
+        lse_NT = torch.empty(shape[1::-1], dtype=lse_dtype(self._dtype), device=self._device)
+        tiles, blocks = self._forward_tiles, self._tiling.forward
+        if not len(tiles):
+            return o_TNH, lse_NT
+        block = [blocks.step, self._head_block]
+        launch(
+            self._kernels.attend_tiles,
+            len(tiles) * self.num_kv_heads,
+            (
+                q_TNH,
+                self._kernels.describe(k_TKH, block),
+                self._kernels.describe(v_TKH, block),
+                self._first_rows,
+                tiles,
+                o_TNH,
+                lse_NT,
+                q_TNH.stride(0),
+                self.num_query_rows,
+                self.num_kv_heads,
+                scale * LOG2_E,
+            ),
+            self._constants(blocks),
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
         )
-    return dq_TNH
+        return o_TNH, lse_NT
 
+    def backward(
+        self,
+        do_TNH: Tensor,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        o_TNH: Tensor,
+        lse_NT: Tensor,
+        scale: float,
+        dq_TNH: Tensor,
+        dk_TKH: Tensor,
+        dv_TKH: Tensor,
+    ) -> None:
+        """Write dq ``[Q, N, H]``, dk and dv ``[T, K, H]``; the last two have one row stride."""
+        if not self.num_query_rows:
+            dk_TKH.zero_()
+            dv_TKH.zero_()
+            return
+        dots_NT = torch.empty(lse_NT.shape, dtype=torch.float32, device=self._device)
+        self._query_gradient(do_TNH, q_TNH, k_TKH, v_TKH, o_TNH, lse_NT, dots_NT, scale, dq_TNH)
+        self._key_gradients(do_TNH, q_TNH, k_TKH, v_TKH, lse_NT, dots_NT, scale, dk_TKH, dv_TKH)
 
-def _key_gradients(
-    do_TNH: Tensor,
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    lse_NT: Tensor,
-    dots_NT: Tensor,
-    call: "_Call",
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    kernels, blocks = _kernels(), call.tiling.keys
-    dk_TKH, dv_TKH = (torch.empty(k_TKH.shape, dtype=k_TKH.dtype, device=k_TKH.device) for _ in range(2))
-    if not len(q_TNH):
-        return dk_TKH.zero_(), dv_TKH.zero_()
-    tiles = call.key_tiles(blocks)
-    partials = k_TKH.new_empty(
-        (tiles.num_slots, call.num_kv_heads, 2, blocks.rows, call.width), dtype=torch.float32
-    )
-    block = [blocks.step, call.head_block]
-    kernels.key_gradient_tiles[(len(tiles.table) * call.num_kv_heads,)](
-        kernels.describe(do_TNH, block),
-        kernels.describe(q_TNH, block),
-        k_TKH,
-        v_TKH,
-        lse_NT,
-        dots_NT,
-        call.past_rows(),
-        tiles.table,
-        partials,
-        dk_TKH,
-        dv_TKH,
-        k_TKH.stride(0),
-        v_TKH.stride(0),
-        q_TNH.shape[0],
-        call.num_kv_heads,
-        scale * math.log2(math.e),
-        HEADS=call.heads_per_kv,
-        WIDTH=call.width,
-        HEAD=call.head_block,
-        ROWS=blocks.rows,
-        BLOCK=blocks.step,
-        UPCAST=kernels.INTERPRETED,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-    )
-    if len(tiles.sums):
-        kernels.sum_partials[(len(tiles.sums) * call.num_kv_heads * (blocks.rows // SLICE),)](
-            partials,
-            tiles.sums,
-            dk_TKH,
-            dv_TKH,
-            call.num_kv_heads,
-            WIDTH=call.width,
-            HEAD=call.head_block,
-            ROWS=blocks.rows,
-            SLICE=SLICE,
-        )
-    return dk_TKH, dv_TKH
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Call:
-    """What the launches of one call share."""
-
-    layout: SharedPrefixLayout
-    device: torch.device
-    num_kv_heads: int
-    heads_per_kv: int
-    width: int
-    head_block: int
-    """The power of two that holds a head, at least what a tensor core takes."""
-    tiling: Tiling
-
-    @classmethod
-    def of(cls, q_TNH: Tensor, k_TKH: Tensor, layout: SharedPrefixLayout) -> "_Call":
-        num_kv_heads, width = k_TKH.shape[1:]
-        head_block = max(16, 1 << (width - 1).bit_length())
-        return cls(
-            layout=layout,
-            device=q_TNH.device,
-            num_kv_heads=num_kv_heads,
-            heads_per_kv=q_TNH.shape[1] // num_kv_heads,
-            width=width,
-            head_block=head_block,
-            tiling=_tiling(q_TNH, head_block),
+    def _query_gradient(
+        self,
+        do_TNH: Tensor,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        o_TNH: Tensor,
+        lse_NT: Tensor,
+        dots_NT: Tensor,
+        scale: float,
+        dq_TNH: Tensor,
+    ) -> None:
+        blocks, tiles = self._tiling.queries, self._backward_tiles
+        block = [blocks.step, self._head_block]
+        launch(
+            self._kernels.query_gradient_tiles,
+            len(tiles) * self.num_kv_heads,
+            (
+                do_TNH,
+                q_TNH,
+                self._kernels.describe(k_TKH, block),
+                self._kernels.describe(v_TKH, block),
+                o_TNH,
+                lse_NT,
+                dots_NT,
+                self._first_rows,
+                tiles,
+                dq_TNH,
+                do_TNH.stride(0),
+                q_TNH.stride(0),
+                o_TNH.stride(0),
+                dq_TNH.stride(0),
+                self.num_query_rows,
+                self.num_kv_heads,
+                scale * LOG2_E,
+            ),
+            self._constants(blocks),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
         )
 
-    def first_rows(self) -> Tensor:
+    def _key_gradients(
+        self,
+        do_TNH: Tensor,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        lse_NT: Tensor,
+        dots_NT: Tensor,
+        scale: float,
+        dk_TKH: Tensor,
+        dv_TKH: Tensor,
+    ) -> None:
+        blocks, tiles = self._tiling.keys, self._key_tiles
+        partials = torch.empty(
+            (tiles.num_slots, self.num_kv_heads, 2, blocks.rows, self.width),
+            dtype=torch.float32,
+            device=self._device,
+        )
+        block = [blocks.step, self._head_block]
+        launch(
+            self._kernels.key_gradient_tiles,
+            len(tiles.table) * self.num_kv_heads,
+            (
+                self._kernels.describe(do_TNH, block),
+                self._kernels.describe(q_TNH, block),
+                k_TKH,
+                v_TKH,
+                lse_NT,
+                dots_NT,
+                self._past_rows,
+                tiles.table,
+                partials,
+                dk_TKH,
+                dv_TKH,
+                k_TKH.stride(0),
+                v_TKH.stride(0),
+                dk_TKH.stride(0),
+                self.num_query_rows,
+                self.num_kv_heads,
+                scale * LOG2_E,
+            ),
+            self._constants(blocks),
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+        if len(tiles.sums):
+            launch(
+                self._kernels.sum_partials,
+                len(tiles.sums) * self.num_kv_heads * (blocks.rows // SLICE),
+                (partials, tiles.sums, dk_TKH, dv_TKH, dk_TKH.stride(0), self.num_kv_heads),
+                (self.width, self._head_block, blocks.rows, SLICE),
+            )
+
+    def _constants(self, blocks: Blocks) -> tuple[int | bool, ...]:
+        """HEADS, WIDTH, HEAD, ROWS, COLUMNS (or BLOCK) and UPCAST of the kernels that multiply."""
+        upcast = self._kernels.INTERPRETED
+        return self._heads_per_kv, self.width, self._head_block, blocks.rows, blocks.step, upcast
+
+    @cached_property
+    def _segments(self) -> Segments:
+        return find_segments(self._layout)
+
+    @cached_property
+    def _first_rows(self) -> Tensor:
         """int32 ``[T]``: where the segment of each row begins."""
-        return _first_rows(self.layout, self.device)
+        return self._segments.first_T.to(self._device, torch.int32)
 
-    def past_rows(self) -> Tensor:
+    @cached_property
+    def _past_rows(self) -> Tensor:
         """int32 ``[T]``: the row after the last one that sees each row."""
-        return _past_rows(self.layout, self.device)
+        return self._segments.past_T.to(self._device, torch.int32)
 
-    def query_tiles(self, blocks: Blocks) -> Tensor:
-        return _query_tiles(self.layout, self.device, self.heads_per_kv, blocks.rows)
+    @cached_property
+    def _forward_tiles(self) -> Tensor:
+        return self._query_tiles(self._tiling.forward.rows)
 
-    def key_tiles(self, blocks: Blocks) -> KeyTiles:
-        return _key_tiles(self.layout, self.device, self.heads_per_kv, self.num_kv_heads, blocks)
+    @cached_property
+    def _backward_tiles(self) -> Tensor:
+        rows = self._tiling.queries.rows
+        return self._forward_tiles if rows == self._tiling.forward.rows else self._query_tiles(rows)
 
+    def _query_tiles(self, rows: int) -> Tensor:
+        tiles = query_tiles(self._layout, self._segments, heads_per_kv=self._heads_per_kv, rows=rows)
+        return tiles.to(self._device)
 
-@lru_cache(maxsize=KEPT_LAYOUTS)
-def _segments(layout: SharedPrefixLayout) -> Segments:
-    return find_segments(layout)
-
-
-@lru_cache(maxsize=KEPT_LAYOUTS)
-def _first_rows(layout: SharedPrefixLayout, device: torch.device) -> Tensor:
-    return _segments(layout).first_T.to(device, torch.int32)
-
-
-@lru_cache(maxsize=KEPT_LAYOUTS)
-def _past_rows(layout: SharedPrefixLayout, device: torch.device) -> Tensor:
-    return _segments(layout).past_T.to(device, torch.int32)
-
-
-@lru_cache(maxsize=2 * KEPT_LAYOUTS)
-def _query_tiles(layout: SharedPrefixLayout, device: torch.device, heads_per_kv: int, rows: int) -> Tensor:
-    return query_tiles(layout, _segments(layout), heads_per_kv=heads_per_kv, rows=rows).to(device)
-
-
-@lru_cache(maxsize=KEPT_LAYOUTS)
-def _key_tiles(
-    layout: SharedPrefixLayout, device: torch.device, heads_per_kv: int, num_kv_heads: int, blocks: Blocks
-) -> KeyTiles:
-    tiles = key_tiles(
-        layout,
-        _segments(layout),
-        heads_per_kv=heads_per_kv,
-        num_kv_heads=num_kv_heads,
-        rows=blocks.rows,
-        block=blocks.step,
-        num_parts=PARTS_PER_MULTIPROCESSOR * _num_multiprocessors(device),
-    )
-    return replace(tiles, table=tiles.table.to(device), sums=tiles.sums.to(device))
+    @cached_property
+    def _key_tiles(self) -> KeyTiles:
+        tiles = key_tiles(
+            self._layout,
+            self._segments,
+            heads_per_kv=self._heads_per_kv,
+            num_kv_heads=self.num_kv_heads,
+            rows=self._tiling.keys.rows,
+            block=self._tiling.keys.step,
+            num_parts=PARTS_PER_MULTIPROCESSOR * num_multiprocessors(self._device),
+        )
+        return replace(tiles, table=tiles.table.to(self._device), sums=tiles.sums.to(self._device))
 
 
-def _num_multiprocessors(device: torch.device) -> int:
+attention_plan = lru_cache(maxsize=KEPT_LAYOUTS)(AttentionPlan)
+"""The plan of these arguments, which hashes all lengths: a caller with many layers asks once."""
+
+
+def _plan_of(q_TNH: Tensor, k_TKH: Tensor, layout: SharedPrefixLayout) -> AttentionPlan:
+    num_kv_heads, width = k_TKH.shape[1:]
+    return attention_plan(layout, q_TNH.device, q_TNH.dtype, q_TNH.shape[1], num_kv_heads, width)
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
     """On the CPU, where the interpreter runs the kernels, any number does."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _tiling(q_TNH: Tensor, head_block: int) -> Tiling:
-    if q_TNH.dtype == torch.float32:
+def _tiling(device: torch.device, dtype: torch.dtype, head_block: int) -> Tiling:
+    if dtype == torch.float32:
         return FLOAT32
-    if q_TNH.is_cuda and torch.cuda.get_device_capability(q_TNH.device)[0] != 9:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
         return ANY_CARD
     return NARROW_HEADS if head_block <= 64 else WIDE_HEADS
 
@@ -403,16 +407,18 @@ def _kernels() -> ModuleType:
         ) from error
 
 
-def _check(q_TNH: Tensor, scale: float) -> None:
-    if q_TNH.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+def _check(dtype: torch.dtype, width: int) -> None:
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(
-            f"shared_prefix_attention on CUDA: got {q_TNH.dtype}; give bfloat16, float16 or float32 "
+            f"shared_prefix_attention on CUDA: got {dtype}; give bfloat16, float16 or float32 "
             "(float64 runs on the CPU)"
         )
-    width = q_TNH.shape[2]
     if width % 8 or not 8 <= width <= 128:
         raise ValueError(
             f"shared_prefix_attention on CUDA: got heads {width} wide; give a multiple of 8 up to 128"
         )
+
+
+def _check_scale(scale: float) -> None:
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"shared_prefix_attention on CUDA: got scale {scale}; it must be finite and above 0")

@@ -154,31 +154,6 @@ def attend_tiles(
     tl.store(lse + head.to(tl.int64) * num_query_rows + row, nats, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_query_rows"])
-def output_dots(
-    do,  # [Q, N, H] in rows of `do_stride`
-    o,  # [Q, N, H] in rows of `o_stride`
-    dots,  # float32 [N, Q], written
-    do_stride,
-    o_stride,
-    num_query_rows,
-    num_heads,
-    WIDTH: tl.constexpr,
-    HEAD: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """do . o of each row and head, which every score's gradient is less by."""
-    head = (tl.program_id(0) % num_heads).to(tl.int64)
-    row = (tl.program_id(0) // num_heads).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    depth = tl.arange(0, HEAD)
-    inside = row < num_query_rows
-    mask = inside[:, None] & (depth < WIDTH)[None, :]
-    at = (head * WIDTH + depth)[None, :]
-    left = tl.load(do + row[:, None] * do_stride + at, mask=mask, other=0.0).to(tl.float32)
-    right = tl.load(o + row[:, None] * o_stride + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dots + head * num_query_rows + row, tl.sum(left * right, axis=1), mask=inside)
-
-
 @triton.jit
 def _pull_query(
     q, do, k, v, start, column, low, past, dq, bits, missing, dots, scale,
@@ -204,13 +179,16 @@ def query_gradient_tiles(
     q,  # [Q, N, H] in rows of `q_stride`
     k,  # descriptor of [T, K * H] in blocks [COLUMNS, HEAD]
     v,  # likewise
+    o,  # [Q, N, H] in rows of `o_stride`
     lse,  # float32 or float64 [N, Q], in nats
-    dots,  # float32 [N, Q]
+    dots,  # float32 [N, Q], written: do . o, which every score's gradient is less by
     first,  # int32 [T]
     tiles,  # int32 [tiles, 9]
-    dq,  # [Q, N, H], written
+    dq,  # [Q, N, H] in rows of `dq_stride`, written
     do_stride,
     q_stride,
+    o_stride,
+    dq_stride,
     num_query_rows,
     num_kv_heads,
     scale,  # log2(e) times the scale of the scores
@@ -221,7 +199,7 @@ def query_gradient_tiles(
     COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """dq of one tile of queries, over the keys that `attend_tiles` gives it."""
+    """dq of one tile of queries, over the keys that `attend_tiles` gives it, and do . o for `key_gradient_tiles`."""
     kv_head = tl.program_id(0) % num_kv_heads
     tile = tiles + (tl.program_id(0) // num_kv_heads).to(tl.int64) * 9
     token, row, head, inside = _query_tile(tile, kv_head, HEADS, ROWS)  # pyright: ignore[reportGeneralTypeIssues]
@@ -234,7 +212,9 @@ def query_gradient_tiles(
     low = tl.load(first + token)
     statistic = head.to(tl.int64) * num_query_rows + row
     bits, missing = _in_bits(tl.load(lse + statistic, mask=inside, other=0.0))
-    dots_rows = tl.load(dots + statistic, mask=inside, other=0.0)
+    o_rows = tl.load(o + row[:, None] * o_stride + at, mask=mask, other=0.0)
+    dots_rows = tl.sum(do_rows.to(tl.float32) * o_rows.to(tl.float32), axis=1)
+    tl.store(dots + statistic, dots_rows, mask=inside)
 
     sums = tl.zeros((ROWS, HEAD), dtype=tl.float32)
     column = kv_head * WIDTH
@@ -255,7 +235,7 @@ def query_gradient_tiles(
             MASKED=True, UPCAST=UPCAST,
         )  # fmt: skip
 
-    out = dq + row[:, None] * (num_kv_heads * HEADS * WIDTH) + at
+    out = dq + row[:, None] * dq_stride + at
     tl.store(out, (sums * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), mask=mask)
 
 
@@ -300,10 +280,11 @@ def key_gradient_tiles(
     past,  # int32 [T]: the row after the last one that sees each row
     parts,  # int32 [parts, 12]
     partials,  # float32 [slots, K, 2, ROWS, H], written by parts with a slot: sums for dk / scale and dv
-    dk,  # [T, K, H], written by the others
+    dk,  # [T, K, H] in rows of `dk_stride`, written by the others
     dv,  # likewise
     k_stride,
     v_stride,
+    dk_stride,
     num_query_rows,
     num_kv_heads,
     scale,  # log2(e) times the scale of the scores
@@ -355,7 +336,7 @@ def key_gradient_tiles(
 
     dk_sums *= scale * 0.6931471805599453
     if slot < 0:
-        out = at * (num_kv_heads * WIDTH) + column
+        out = at * dk_stride + column
         tl.store(dk + out, dk_sums.to(dk.dtype.element_ty), mask=mask)
         tl.store(dv + out, dv_sums.to(dv.dtype.element_ty), mask=mask)
     else:
@@ -369,8 +350,9 @@ def key_gradient_tiles(
 def sum_partials(
     partials,  # float32 [slots, K, 2, ROWS, H]
     sums,  # int32 [split tiles, 4]
-    dk,  # [T, K, H], written
+    dk,  # [T, K, H] in rows of `dk_stride`, written
     dv,  # likewise
+    dk_stride,
     num_kv_heads,
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
@@ -395,6 +377,6 @@ def sum_partials(
         dk_sums += tl.load(at, mask=mask, other=0.0)
         dv_sums += tl.load(at + ROWS * WIDTH, mask=mask, other=0.0)
         at += step
-    out = key.to(tl.int64)[:, None] * (num_kv_heads * WIDTH) + (kv_head * WIDTH + depth)[None, :]
+    out = key.to(tl.int64)[:, None] * dk_stride + (kv_head * WIDTH + depth)[None, :]
     tl.store(dk + out, dk_sums.to(dk.dtype.element_ty), mask=mask)
     tl.store(dv + out, dv_sums.to(dv.dtype.element_ty), mask=mask)

@@ -128,10 +128,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         for name in ("NARROW_HEADS", "WIDE_HEADS", "FLOAT32"):
             monkeypatch.setattr(module, name, Tiling(forward=SMALL, queries=SMALL, keys=SMALL))
     monkeypatch.setattr(shared_prefix_tiles, "MIN_BLOCKS", 2)
-    module._key_tiles.cache_clear()
+    module.attention_plan.cache_clear()
     with torch.device(request.param):
         yield request.param
-    module._key_tiles.cache_clear()
+    module.attention_plan.cache_clear()
 
 
 def assert_at_most_twice_the_error(attention: Attention) -> None:
@@ -471,18 +471,17 @@ def compile_all(
 ) -> dict[str, Any]:
     """The kernels that the two directions launch, by name."""
     ahead = ahead_of_time.AheadOfTime(monkeypatch, cache, capability, {"num_query_rows"})
-    monkeypatch.setattr(module, "_num_multiprocessors", lambda device: 132)
-    module._key_tiles.cache_clear()
+    monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
+    module.attention_plan.cache_clear()
     layout = SharedPrefixLayout(prefix_lengths=(1024,), completion_lengths=((256,) * 4,))
     attention = random_attention(layout, dtype, heads=(14, 2), width=width)
     qkv = attention.q_TNH, attention.k_TKH, attention.v_TKH
     attention_forward(*qkv, layout, 0.125)
     lse_NT = torch.zeros(14, layout.num_rows, dtype=module.lse_dtype(dtype))
     attention_backward(attention.do_TNH, *qkv, attention.do_TNH, lse_NT, layout, 0.125)
-    module._key_tiles.cache_clear()
+    module.attention_plan.cache_clear()
     assert {name: len(built) for name, built in ahead.binaries.items()} == {
         "attend_tiles": 1,
-        "output_dots": 1,
         "query_gradient_tiles": 1,
         "key_gradient_tiles": 1,
         "sum_partials": 1,
@@ -526,7 +525,7 @@ def test_every_kernel_compiles_for_sm_90(
         assert "tf32" not in ptx
         assert "atom" not in ptx
         registers, stack = ahead_of_time.used_resources(binary, tmp_path)
-        if name in ("output_dots", "sum_partials"):
+        if name == "sum_partials":
             assert stack == 0
             continue
         assert "cp.async.bulk.tensor.2d" in ptx
