@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omnigrpo_kernels.triton_launch import launch
+
 TOKENS = 128
 """Of a program."""
 
@@ -107,7 +109,9 @@ class _Terms(torch.autograd.Function):
         )
         if num_tokens:
             with torch.cuda.device_of(logprob_C):
-                _kernels().objective_terms[(-(-num_tokens // TOKENS),)](
+                launch(
+                    _kernels().objective_terms,
+                    -(-num_tokens // TOKENS),
                     logprob_C.contiguous(),
                     *given,
                     loss_C,

@@ -22,9 +22,13 @@ def bounded(x, low, high):
 @triton.jit
 def k3(x):
     """exp(-x) - 1 + x in float64, for |x| at most 20."""
-    series = x * (-1.0 / 9.0) + 1.0
-    for n in tl.static_range(8, 2, -1):
-        series = x * series * (-1.0 / n) + 1.0
+    series = 1.0 - x * (1.0 / 9)
+    series = 1.0 - x * series * (1.0 / 8)
+    series = 1.0 - x * series * (1.0 / 7)
+    series = 1.0 - x * series * (1.0 / 6)
+    series = 1.0 - x * series * (1.0 / 5)
+    series = 1.0 - x * series * (1.0 / 4)
+    series = 1.0 - x * series * (1.0 / 3)
     return tl.where(tl.abs(x) < SERIES_BOUND, 0.5 * x * x * series, expm1(-x) + x)
 
 

@@ -271,7 +271,7 @@ def _pull_keys(
 
 @triton.jit(do_not_specialize=["num_query_rows"])
 def key_gradient_tiles(
-    do,  # descriptor of [Q, N * H] in blocks [BLOCK, HEAD]
+    do,  # descriptor of [Q, N * H] in blocks [COLUMNS, HEAD]
     q,  # likewise
     k,  # [T, K, H] in rows of `k_stride`
     v,  # [T, K, H] in rows of `v_stride`
@@ -292,7 +292,7 @@ def key_gradient_tiles(
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """dk and dv of one tile of keys, or one part of their sums, over the queries of all heads that share them."""
@@ -310,25 +310,25 @@ def key_gradient_tiles(
     k_rows = tl.load(k + at * k_stride + column, mask=mask, other=0.0)
     v_rows = tl.load(v + at * v_stride + column, mask=mask, other=0.0)
 
-    full_blocks = (tl.load(part + 4) - full) // BLOCK
+    full_blocks = (tl.load(part + 4) - full) // COLUMNS
     dk_sums = tl.zeros((ROWS, HEAD), dtype=tl.float32)
     dv_sums = tl.zeros((ROWS, HEAD), dtype=tl.float32)
     for block in range(tl.load(part + 7), tl.load(part + 8)):
         head = kv_head * HEADS + block // full_blocks
-        start = full - shift + block % full_blocks * BLOCK
+        start = full - shift + block % full_blocks * COLUMNS
         dk_sums, dv_sums = _pull_keys(
             k_rows, v_rows, q, do, lse, dots, key, key, start, head, num_query_rows, dk_sums, dv_sums, scale,
             WIDTH=WIDTH, MASKED=False, UPCAST=UPCAST,
         )  # fmt: skip
     causal = tl.load(part + 5)
-    tail = tl.where((tl.load(part + 4) - full) % BLOCK > 0, 1, 0)
-    masked_blocks = tail + (tl.load(part + 6) - causal) // BLOCK
+    tail = tl.where((tl.load(part + 4) - full) % COLUMNS > 0, 1, 0)
+    masked_blocks = tail + (tl.load(part + 6) - causal) // COLUMNS
     keys = key - shift
     past_keys = tl.load(past + key, mask=inside, other=0) - shift
     for block in range(tl.load(part + 9), tl.load(part + 10)):
         head = kv_head * HEADS + block // masked_blocks
         of_head = block % masked_blocks
-        start = tl.where(of_head < tail, full + full_blocks * BLOCK, causal + (of_head - tail) * BLOCK)
+        start = tl.where(of_head < tail, full + full_blocks * COLUMNS, causal + (of_head - tail) * COLUMNS)
         dk_sums, dv_sums = _pull_keys(
             k_rows, v_rows, q, do, lse, dots, keys, past_keys, start - shift, head, num_query_rows, dk_sums,
             dv_sums, scale, WIDTH=WIDTH, MASKED=True, UPCAST=UPCAST,

@@ -9,36 +9,28 @@ from typing import Any
 
 from torch import Tensor
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+"""Compiled kernels, with the values of their constexpr parameters."""
 
 
-def launch(
-    kernel: Any,
-    num_programs: int,
-    args: tuple[Any, ...],
-    constants: tuple[Any, ...],
-    *,
-    num_warps: int = 4,
-    num_stages: int = 3,
-) -> None:
+def launch(kernel: Any, num_programs: int, *args: Any, **named: Any) -> None:
     """Run ``num_programs`` of a jitted kernel on the current device, which must be that of the tensors.
 
     Args:
         kernel: its constexpr parameters come last.
         num_programs: at least 1.
         args: tensors, tensor descriptors, integers and floats, for its other parameters.
-        constants: for the constexpr parameters.
-        num_warps: of a program.
-        num_stages: of its pipelined loops.
+        named: constexpr parameters, all of them, and triton's options.
     """
-    key = (id(kernel), constants, num_warps, num_stages, *[_kind(arg) for arg in args])
-    compiled = _compiled.get(key)
-    if compiled is not None:
+    key = (id(kernel), *named.items(), *[_kind(arg) for arg in args])
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, constants = found
         compiled[num_programs, 1, 1](*args, *constants)
         return
-    compiled = kernel[(num_programs,)](*args, *constants, num_warps=num_warps, num_stages=num_stages)
+    compiled = kernel[(num_programs,)](*args, **named)
     if compiled is not None:  # None from the interpreter.
-        _compiled[key] = compiled
+        _compiled[key] = compiled, [named[name] for name in kernel.arg_names[len(args) :]]
 
 
 def _kind(arg: Any) -> Any:

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from omnigrpo_kernels.triton_launch import launch
+
 CROWDED = 2.0**60
 """Rows whose ``others`` reach it get an offset at their maximum: room for the products of E in float32."""
 
@@ -120,7 +122,9 @@ def _sweep_triton(
     others_T, weighted_T = torch.empty_like(offset_T), torch.empty_like(offset_T)
     num_rows, vocabulary = logits_TV.shape
     if num_rows:
-        _kernels().sum_rows[(num_rows,)](
+        launch(
+            _kernels().sum_rows,
+            num_rows,
             logits_TV,
             offset_T,
             others_T,
@@ -132,7 +136,9 @@ def _sweep_triton(
             num_warps=8,
         )
     if num_rows and exps_TV is not None:
-        _kernels().exp_rows[(num_rows,)](
+        launch(
+            _kernels().exp_rows,
+            num_rows,
             logits_TV,
             exps_TV,
             offset_T,
@@ -207,7 +213,9 @@ def _live_rows_(exps_TV: Tensor, live_L: Tensor, alpha_L: Tensor | None, beta_L:
     moves, reweights = num_live < len(exps_TV), alpha_L is not None
     if num_live and (moves or reweights):
         columns = 256
-        _kernels().gather_rows[(-(-exps_TV.shape[1] // columns),)](
+        launch(
+            _kernels().gather_rows,
+            -(-exps_TV.shape[1] // columns),
             exps_TV,
             live_L,
             live_L if alpha_L is None else alpha_L,
@@ -247,7 +255,9 @@ class _TiledHead:
 
     def set_first_offsets(self) -> None:
         num_rows, width = self.hidden_TD.shape
-        _kernels().target_offsets[(num_rows,)](
+        launch(
+            _kernels().target_offsets,
+            num_rows,
             self.hidden_TD,
             self.weight_VD,
             self.pair_starts,
@@ -265,7 +275,9 @@ class _TiledHead:
         kernels, tiling = _kernels(), self.tiling
         num_rows, width = self.hidden_TD.shape
         exps_TV = self.hidden_TD if self.exps_TV is None else self.exps_TV
-        kernels.exp_tiles[(tiling.programs * _num_multiprocessors(self.hidden_TD),)](
+        launch(
+            kernels.exp_tiles,
+            tiling.programs * _num_multiprocessors(self.hidden_TD),
             kernels.describe(self.hidden_TD, [tiling.rows, tiling.depth]),
             kernels.describe(self.weight_VD, [tiling.columns, tiling.depth]),
             kernels.describe(exps_TV, [tiling.rows, tiling.columns // 2]),
@@ -294,7 +306,9 @@ class _TiledHead:
     def merge(self) -> None:
         """The rows' sums."""
         num_rows = len(self.offset_T)
-        _kernels().merge_partials[(-(-num_rows // 16),)](
+        launch(
+            _kernels().merge_partials,
+            -(-num_rows // 16),
             self.partials,
             self.others_T,
             self.weighted_T,
@@ -309,7 +323,9 @@ class _TiledHead:
         kernels, tiling = _kernels(), self.tiling
         num_rows, width = self.hidden_TD.shape
         exps_TV = self.hidden_TD if self.exps_TV is None else self.exps_TV
-        kernels.crowded_rows[(-(-num_rows // tiling.rows),)](
+        launch(
+            kernels.crowded_rows,
+            -(-num_rows // tiling.rows),
             kernels.describe(self.hidden_TD, [tiling.rows, tiling.depth]),
             kernels.describe(self.weight_VD, [tiling.columns, tiling.depth]),
             exps_TV,

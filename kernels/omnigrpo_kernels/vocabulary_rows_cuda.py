@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from omnigrpo_kernels.triton_launch import launch
+
 ROWS = 64
 """Of a program that works on vectors."""
 COLUMNS = 1024
@@ -36,7 +38,9 @@ def row_statistics(
     entropy_T, lse_T, total_T = torch.empty((3, num_rows), dtype=float64, device=offset_T.device).unbind()
     if num_rows:
         with torch.cuda.device_of(offset_T):
-            _kernels().row_statistics[(-(-num_rows // ROWS),)](
+            launch(
+                _kernels().row_statistics,
+                -(-num_rows // ROWS),
                 offset_T,
                 others_T,
                 weighted_T,
@@ -89,7 +93,9 @@ def row_gradients(
     inverse = ctypes.c_float(1.0 / temperature).value
     if num_rows:
         with torch.cuda.device_of(total_T):
-            _kernels().row_gradients[(programs,)](
+            launch(
+                _kernels().row_gradients,
+                programs,
                 logprob_U,
                 entropy_T,
                 total_T,
@@ -128,7 +134,9 @@ def add_target_columns_(
     num_rows, width = grad_TD.shape
     if num_rows:
         with torch.cuda.device_of(grad_TD):
-            _kernels().add_target_columns[(num_rows,)](
+            launch(
+                _kernels().add_target_columns,
+                num_rows,
                 grad_TD,
                 weight_VD,
                 coefficients_U,
@@ -156,7 +164,9 @@ def add_target_rows_(
     if len(targets_U):
         sorted_targets, order = targets_U.sort(stable=True)
         with torch.cuda.device_of(grad_VD):
-            _kernels().add_target_rows[(len(targets_U),)](
+            launch(
+                _kernels().add_target_rows,
+                len(targets_U),
                 grad_VD,
                 hidden_TD,
                 coefficients_U,
@@ -176,8 +186,14 @@ def scale_in_place_(values: Tensor, factor: Tensor) -> None:
         programs = (
             8 * torch.cuda.get_device_properties(values.device).multi_processor_count if values.is_cuda else 2
         )
-        _kernels().scale_in_place[(programs,)](
-            values, factor.to(values.dtype), values.numel(), BLOCK=8192, num_warps=8
+        launch(
+            _kernels().scale_in_place,
+            programs,
+            values,
+            factor.to(values.dtype),
+            values.numel(),
+            BLOCK=8192,
+            num_warps=8,
         )
 
 

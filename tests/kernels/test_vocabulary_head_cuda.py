@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -486,8 +486,8 @@ class NoKernels:
 
     INTERPRETED = False
 
-    def describe(self, matrix: Tensor, block: list[int]) -> None:
-        """No descriptor."""
+    def describe(self, matrix: Tensor, block: list[int]) -> SimpleNamespace:
+        return SimpleNamespace(base=matrix, block_shape=block)
 
     def __getattr__(self, name: str) -> dict[Any, Callable[..., None]]:
         return defaultdict(lambda: lambda *arguments, **options: None)
