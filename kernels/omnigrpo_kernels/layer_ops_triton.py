@@ -66,7 +66,7 @@ def norm_gradient_rows(
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
     begin = program * rows_per_program
     for row in range(begin, tl.minimum(begin + rows_per_program, num_rows)):
-        at = row.to(tl.int64) * WIDTH + column
+        at = (row + tl.zeros((), dtype=tl.int64)) * WIDTH + column
         row_scale = tl.load(scale + row)
         n = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * row_scale
         g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)

@@ -131,13 +131,14 @@ def attention_backward(
     """
     _check_scale(scale)
     plan = _plan_of(q_TNH, k_TKH, layout)
-    grads = tuple(
+    dq_TNH, dk_TKH, dv_TKH = (
         torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) for rows in (q_TNH, k_TKH, v_TKH)
     )
-    rows = (_rows(rows) for rows in (do_TNH, q_TNH, k_TKH, v_TKH, o_TNH))
+    do_TNH, q_TNH, k_TKH, v_TKH, o_TNH = (_rows(rows) for rows in (do_TNH, q_TNH, k_TKH, v_TKH, o_TNH))
+    given = do_TNH, q_TNH, k_TKH, v_TKH, o_TNH, lse_NT.contiguous()
     with torch.cuda.device_of(q_TNH):
-        plan.backward(*rows, lse_NT.contiguous(), scale, *grads)
-    return grads
+        plan.backward(*given, scale, dq_TNH, dk_TKH, dv_TKH)
+    return dq_TNH, dk_TKH, dv_TKH
 
 
 class AttentionPlan:
