@@ -12,7 +12,8 @@ place, and the weights' gradients of neighbours are one product, handed out as i
 q, k, v, the attention's output and log-sum-exp, gate, up and a number a row of each norm. The norms' outputs and
 silu(g) u come out again of the kernels that compute their gradients.
 
-That is 12 launches forward and 19 backward, of which 7 and 11 are products, where all weights are trained.
+That is 12 launches forward and 19 backward, of which 7 and 11 are products, where all weights are trained and some
+tile of keys is cut into parts; vectors whose gradients are of half precision add one.
 """
 
 import importlib
