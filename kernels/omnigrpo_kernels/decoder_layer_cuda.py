@@ -307,8 +307,13 @@ class _RowSums:
         launch(
             _kernels().norm_gradient_rows,
             self._num_programs,
-            (*tensors, self._num_rows, self._rows_per_program, self._partials.shape[1], first),
-            (width, block),
+            *tensors,
+            self._num_rows,
+            self._rows_per_program,
+            self._partials.shape[1],
+            first,
+            WIDTH=width,
+            BLOCK=block,
             num_warps=num_warps,
         )
         return normal_QD
@@ -358,8 +363,16 @@ def _add_and_norm(
 
 def _launch_norm(rows_QD: Tensor, *tensors_and_eps: Any, add: bool) -> None:
     width, block, num_warps = _row_block(rows_QD)
-    args = rows_QD, *tensors_and_eps
-    launch(_kernels().norm_rows, len(rows_QD), args, (add, width, block), num_warps=num_warps)
+    launch(
+        _kernels().norm_rows,
+        len(rows_QD),
+        rows_QD,
+        *tensors_and_eps,
+        ADD=add,
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
 
 
 def _row_block(rows_QD: Tensor) -> tuple[int, int, int]:
@@ -403,8 +416,22 @@ def _launch_turn(
     launch(
         _kernels().turn_heads,
         num_programs * -(-columns // (2 * TURNED_PAIRS)),
-        (qkv_QM, *biases, cos_Q1F, sin_Q1F, partials, num_rows, rows_per_program, partials.shape[1], first),
-        (back, has_bias, plan.num_heads, plan.num_kv_heads, plan.width, TURNED_ROWS, TURNED_PAIRS),
+        qkv_QM,
+        *biases,
+        cos_Q1F,
+        sin_Q1F,
+        partials,
+        num_rows,
+        rows_per_program,
+        partials.shape[1],
+        first,
+        BACK=back,
+        BIAS=has_bias,
+        QUERIES=plan.num_heads,
+        KEYS=plan.num_kv_heads,
+        WIDTH=plan.width,
+        ROWS=TURNED_ROWS,
+        PAIRS=TURNED_PAIRS,
     )
 
 
@@ -418,7 +445,7 @@ def _gated(gate_up_QM: Tensor) -> Tensor:
     num_rows, width = len(gate_up_QM), gate_up_QM.shape[1] // 2
     out_QF = torch.empty((num_rows, width), dtype=gate_up_QM.dtype, device=gate_up_QM.device)
     num_programs = num_rows * -(-width // GATED_COLUMNS)
-    launch(_kernels().gate_rows, num_programs, (gate_up_QM, out_QF), (width, GATED_COLUMNS))
+    launch(_kernels().gate_rows, num_programs, gate_up_QM, out_QF, WIDTH=width, BLOCK=GATED_COLUMNS)
     return out_QF
 
 
@@ -426,8 +453,15 @@ def _gate_gradient_(grad_QF: Tensor, gate_up_QM: Tensor) -> Tensor:
     """The gradient of gate and up; turns that of ``silu(gate) * up`` into ``silu(gate) * up``."""
     grad_gate_up_QM, width = torch.empty_like(gate_up_QM), grad_QF.shape[1]
     num_programs = len(grad_QF) * -(-width // GATED_COLUMNS)
-    tensors = gate_up_QM, grad_QF, grad_gate_up_QM
-    launch(_kernels().gate_gradient_rows, num_programs, tensors, (width, GATED_COLUMNS))
+    launch(
+        _kernels().gate_gradient_rows,
+        num_programs,
+        gate_up_QM,
+        grad_QF,
+        grad_gate_up_QM,
+        WIDTH=width,
+        BLOCK=GATED_COLUMNS,
+    )
     return grad_gate_up_QM
 
 
