@@ -462,22 +462,24 @@ def test_a_launch_uses_what_was_compiled_for_arguments_like_these(monkeypatch: p
 
     class Binary:
         def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-            return lambda *args: ran.append(f"kept {grid[0]}")
+            return lambda *args: ran.append(f"kept {grid[0]} {args[3:]}")
 
     class Kernel:
+        arg_names = ("rows", "number", "factor", "FIRST", "SECOND")
+
         def __getitem__(self, grid: tuple[int]) -> Callable[..., Binary]:
             return lambda *args, **options: ran.append(f"compiled {grid[0]}") or Binary()
 
     kernel, rows = Kernel(), torch.zeros(33)
     assert rows.data_ptr() % 16 == 0
 
-    def launched(*args: Any, constants: tuple[int, ...] = (8,), num_warps: int = 4) -> str:
-        triton_launch.launch(kernel, 5, args, constants, num_warps=num_warps)
+    def launched(*args: Any, second: int = 8, num_warps: int = 4) -> str:
+        triton_launch.launch(kernel, 5, *args, SECOND=second, FIRST=7, num_warps=num_warps)
         return ran.pop()
 
     assert launched(rows, 32, 0.5) == "compiled 5"
     for same in ((rows[4:], 32, 0.5), (rows, 48, 0.25)):
-        assert launched(*same) == "kept 5"
+        assert launched(*same) == "kept 5 (7, 8)"
     others = (
         (rows[1:], 32, 0.5),
         (rows.double(), 32, 0.5),
@@ -487,8 +489,8 @@ def test_a_launch_uses_what_was_compiled_for_arguments_like_these(monkeypatch: p
     )
     for other in others:
         assert launched(*other) == "compiled 5"
-        assert launched(*other) == "kept 5"
-    assert launched(rows, 32, 0.5, constants=(16,)) == "compiled 5"
+        assert launched(*other) == "kept 5 (7, 8)"
+    assert launched(rows, 32, 0.5, second=16) == "compiled 5"
     assert launched(rows, 32, 0.5, num_warps=8) == "compiled 5"
 
 
