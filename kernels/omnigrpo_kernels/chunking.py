@@ -1,5 +1,6 @@
 """Cuts the tokens of a head into chunks whose exponentials fit a byte budget."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,8 +48,8 @@ def token_chunks(
     keep_whole_C: Tensor | None = None,
     *,
     keep: bool = True,
-) -> list[TokenChunk]:
-    """Chunks in token order; a row that predicts tokens of two chunks is in both.
+) -> Iterator[TokenChunk]:
+    """Chunks in token order, each built when it is asked for; a row that predicts tokens of two chunks is in both.
 
     ``keep_whole_C`` (int64 ``[C]``) names a sequence per token that no chunk may cut; each sequence's tokens must be
     neighbours, and a chunk grows to hold a sequence that is longer than the budget. Without ``keep`` the exponentials
@@ -65,7 +66,8 @@ def token_chunks(
         ends = _even_ends(num_tokens, limit, multiple)
     else:
         ends = _sequence_ends(keep_whole_C.cpu(), limit)
-    return [_chunk(hidden_RD, targets_C, rows_C, slice(start, end)) for start, end in pairwise([0, *ends])]
+    for start, end in pairwise([0, *ends]):
+        yield _chunk(hidden_RD, targets_C, rows_C, slice(start, end))
 
 
 def _even_ends(num_tokens: int, limit: int, multiple: int) -> list[int]:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from omnigrpo_kernels.chunking import TokenChunk, token_chunks
 from omnigrpo_kernels.vocabulary_head import (
     StatisticGrads,
+    assert_ranges,
     check_head_inputs,
     head_backward,
     head_pass,
@@ -80,6 +81,7 @@ def linear_logprob(
     """
     check_head_inputs("linear_logprob", hidden_RD, weight_VD, targets_C, rows_C, temperature)
     logprob_C, entropy_C, lse_C = _LinearLogprob.apply(hidden_RD, weight_VD, targets_C, rows_C, temperature)
+    assert_ranges("linear_logprob", hidden_RD, weight_VD, targets_C, rows_C)
     return LogProbs(logprob_T=logprob_C, entropy_T=entropy_C, lse_T=lse_C)
 
 
@@ -122,10 +124,9 @@ class _LinearLogprob(torch.autograd.Function):
         dtype = stat_dtype_of(hidden_RD.dtype)
         grad_hidden_RD = torch.zeros_like(hidden_RD, dtype=dtype) if want_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD, dtype=dtype) if want_weight else None
-        chunks = token_chunks(hidden_RD, weight_VD, targets_C, rows_C)
-        if not chunks and grad_weight_VD is not None:
+        if not len(targets_C) and grad_weight_VD is not None:
             grad_weight_VD.zero_()
-        for index, chunk in enumerate(chunks):
+        for index, chunk in enumerate(token_chunks(hidden_RD, weight_VD, targets_C, rows_C)):
             grad_TD = _chunk_grad(
                 chunk,
                 weight_VD,

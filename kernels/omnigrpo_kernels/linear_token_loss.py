@@ -7,7 +7,7 @@ statistics are known, and its derivatives turn the chunk's stored exponentials i
 the spot: three GEMMs, logits never stored, nothing computed twice. The price: the loss must be a sum over chunks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from omnigrpo_kernels.chunking import TokenChunk, token_chunks
 from omnigrpo_kernels.vocabulary_head import (
     HeadPass,
     StatisticGrads,
+    assert_ranges,
     check_head_inputs,
     head_backward,
     head_pass,
@@ -97,11 +98,12 @@ def linear_token_loss(
         keep=run.want_hidden or run.want_weight,
     )
     loss = _LinearTokenLoss.apply(hidden_RD, weight_VD, chunks, run)
+    assert_ranges("linear_token_loss", hidden_RD, weight_VD, targets_C, rows_C)
     return TokenLossResult(
         loss=loss,
         logprob_C=run.logprob_C,
         entropy_C=run.entropy_C,
-        dropped_share=run.dropped_rows / max(1, sum(len(chunk.hidden_TD) for chunk in chunks)),
+        dropped_share=run.dropped_rows / max(1, run.rows),
     )
 
 
@@ -115,26 +117,29 @@ class _Run:
     want_weight: bool
     logprob_C: Tensor
     entropy_C: Tensor
+    rows: int = 0
+    """That went through the vocabulary."""
     dropped_rows: int = 0
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, chunks: list[TokenChunk], run: _Run
+        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, chunks: Iterator[TokenChunk], run: _Run
     ) -> Tensor:
         weight_VD = weight_VD.contiguous()
         dtype = stat_dtype_of(hidden_RD.dtype)
         grad_hidden_RD = torch.zeros_like(hidden_RD, dtype=dtype) if run.want_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD, dtype=dtype) if run.want_weight else None
-        if grad_weight_VD is not None and not chunks:
-            grad_weight_VD.zero_()
         loss = hidden_RD.new_zeros((), dtype=dtype)
-        for index, chunk in enumerate(chunks):
-            share, grad_TD = _pass_chunk(run, chunk, weight_VD, grad_weight_VD, accumulate=index > 0)
+        for chunk in chunks:
+            share, grad_TD = _pass_chunk(run, chunk, weight_VD, grad_weight_VD, accumulate=run.rows > 0)
             loss += share
             if grad_hidden_RD is not None and grad_TD is not None:
                 chunk.add_to(grad_hidden_RD, grad_TD)
+            run.rows += len(chunk.hidden_TD)
+        if grad_weight_VD is not None and not run.rows:
+            grad_weight_VD.zero_()
         ctx.grads = grad_hidden_RD, grad_weight_VD
         ctx.hidden_dtype = hidden_RD.dtype
         return loss

@@ -358,8 +358,8 @@ def check_head_inputs(
 ) -> None:
     """Raise ValueError, in the name of ``op``, for what has no right answer.
 
-    On a GPU the targets' range is a device-side assertion and hidden states that are not finite pass through to the
-    results, so that no check waits for the device.
+    On a GPU hidden states that are not finite pass through to the results, so that no check waits for the device, and
+    ranges are left to `assert_ranges`.
     """
     shapes = (
         f"hidden {tuple(hidden_RD.shape)}, weight {tuple(weight_VD.shape)}, targets {tuple(targets_C.shape)}"
@@ -393,28 +393,43 @@ def check_head_inputs(
         raise ValueError(
             f"{op}: hidden has NaN or infinity, first in row {bad}; look at the model's forward pass"
         )
-    _check_range(op, "target", targets_C, weight_VD.shape[0], "the vocabulary of weight")
     if rows_C is not None:
-        _check_rows(op, rows_C, targets_C, hidden_RD.shape[0])
+        _check_rows(op, rows_C, targets_C)
+    for name, index_C, size, what in _ranges(hidden_RD, weight_VD, targets_C, rows_C):
+        if index_C.device.type == "cpu" and index_C.numel():
+            low, high = (int(bound) for bound in index_C.aminmax())
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"{op}: every {name} must be in [0, {size}), {what}; got {name}s from {low} to {high}"
+                )
 
 
-def _check_rows(op: str, rows_C: Tensor, targets_C: Tensor, num_rows: int) -> None:
+def assert_ranges(
+    op: str, hidden_RD: Tensor, weight_VD: Tensor, targets_C: Tensor, rows_C: Tensor | None
+) -> None:
+    """On CUDA, device-side assertions about the indices; to be called last, so that the device begins with the work."""
+    for name, index_C, size, what in _ranges(hidden_RD, weight_VD, targets_C, rows_C):
+        if index_C.is_cuda:
+            inside = ((index_C >= 0) & (index_C < size)).all()
+            torch.ops.aten._assert_async.msg(inside, f"{op}: every {name} must be in [0, {size}), {what}")
+
+
+def _ranges(
+    hidden_RD: Tensor, weight_VD: Tensor, targets_C: Tensor, rows_C: Tensor | None
+) -> list[tuple[str, Tensor, int, str]]:
+    """Name, values, bound and whose bound it is, of every index."""
+    ranges = [("target", targets_C, len(weight_VD), "the vocabulary of weight")]
+    if rows_C is not None:
+        ranges.append(("row", rows_C, len(hidden_RD), "the rows of hidden"))
+    return ranges
+
+
+def _check_rows(op: str, rows_C: Tensor, targets_C: Tensor) -> None:
     if rows_C.shape != targets_C.shape or rows_C.dtype != torch.int64 or rows_C.device != targets_C.device:
         raise ValueError(
             f"{op}: got rows {rows_C.dtype} {tuple(rows_C.shape)} on {rows_C.device} for targets "
             f"{tuple(targets_C.shape)} on {targets_C.device}; give int64, one a target, on one device"
         )
-    _check_range(op, "row", rows_C, num_rows, "the rows of hidden")
-
-
-def _check_range(op: str, name: str, index_C: Tensor, size: int, what: str) -> None:
-    message = f"{op}: every {name} must be in [0, {size}), {what}"
-    if index_C.device.type == "cuda":
-        torch.ops.aten._assert_async.msg(((index_C >= 0) & (index_C < size)).all(), message)
-    elif index_C.device.type == "cpu" and index_C.numel():
-        low, high = (int(bound) for bound in index_C.aminmax())
-        if low < 0 or high >= size:
-            raise ValueError(f"{message}; got {name}s from {low} to {high}")
 
 
 def _segment_sums(values: Tensor, starts: Tensor) -> Tensor:

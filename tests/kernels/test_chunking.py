@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,16 +27,17 @@ def chunks_of(
     hidden_RD = torch.randn(num_rows, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
     targets_C = torch.arange(num_tokens) * 7 % VOCABULARY
     weight_VD = torch.zeros(VOCABULARY, WIDTH, dtype=dtype)
-    return token_chunks(hidden_RD, weight_VD, targets_C, rows_C, keep_whole_C), hidden_RD, targets_C
+    chunks = list(token_chunks(hidden_RD, weight_VD, targets_C, rows_C, keep_whole_C))
+    return chunks, hidden_RD, targets_C
 
 
-def ends(chunks: list[TokenChunk]) -> list[int]:
+def ends(chunks: Iterable[TokenChunk]) -> list[int]:
     """Ends of the chunks, which must follow each other from the first token on."""
-    start = 0
+    found = [0]
     for chunk in chunks:
-        assert chunk.tokens.start == start
-        start = chunk.tokens.stop
-    return [chunk.tokens.stop for chunk in chunks]
+        assert chunk.tokens.start == found[-1]
+        found.append(chunk.tokens.stop)
+    return found[1:]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,7 @@ def test_chunk_of_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_strided_hidden_states_become_contiguous_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunking, "CHUNK_BYTES", {"cpu": 4 * VOCABULARY * 4})
     hidden_RD = torch.randn(WIDTH, 20).T[::2]
-    chunks = token_chunks(hidden_RD, torch.zeros(VOCABULARY, WIDTH), torch.arange(20)[::2], None)
+    chunks = list(token_chunks(hidden_RD, torch.zeros(VOCABULARY, WIDTH), torch.arange(20)[::2], None))
     assert all(chunk.hidden_TD.is_contiguous() and chunk.pairs.targets_U.is_contiguous() for chunk in chunks)
     assert torch.equal(torch.cat([chunk.hidden_TD for chunk in chunks]), hidden_RD)
 

@@ -242,7 +242,9 @@ def test_chunks_change_no_bit_of_a_statistic_and_only_round_gradients(
         for chunk_rows in (70, 33, 5, 1):
             rows_per_chunk(monkeypatch, chunk_rows, weight_VD)
             for keep in (False, True):
-                chunks = token_chunks(hidden_RD.detach(), weight_VD.detach(), targets_C, None, keep=keep)
+                chunks = list(
+                    token_chunks(hidden_RD.detach(), weight_VD.detach(), targets_C, None, keep=keep)
+                )
                 assert len(chunks) >= math.ceil(70 / chunk_rows)
             stats = as_tuple(linear_logprob(hidden_RD, weight_VD, targets_C))
             results.append(
