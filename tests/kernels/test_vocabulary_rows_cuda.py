@@ -180,10 +180,10 @@ def test_targets_shares(
     weight = torch.randn(41, 37, generator=generator).to(dtype)
     coefficients = torch.randn(len(pairs.rows_U), generator=generator, dtype=stat_dtype)
     grad_TD, grad_VD = (torch.randn(rows, 37, generator=generator, dtype=stat_dtype) for rows in (19, 41))
-    exact_TD = grad_TD.double().index_add_(
+    exact_TD = grad_TD.clone().double().index_add_(
         0, pairs.rows_U, coefficients.double()[:, None] * weight[pairs.targets_U].double()
     )
-    exact_VD = grad_VD.double().index_add_(
+    exact_VD = grad_VD.clone().double().index_add_(
         0, pairs.targets_U, coefficients.double()[:, None] * hidden[pairs.rows_U].double()
     )
     there = pairs_to(pairs, device)
