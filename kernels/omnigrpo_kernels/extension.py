@@ -61,6 +61,7 @@ def kernel_status() -> list[KernelStatus]:
             reason=None,
         ),
         _on_cuda("shared_prefix_attention", "Triton"),
+        _on_cuda("decoder_layer", "Triton, cuBLAS"),
         *(_layer_on_cpu(op) for op in liger.FUNCTIONS),
         *(_layer_on_cuda(op) for op in liger.FUNCTIONS),
     ]
@@ -99,7 +100,7 @@ def _layer_on_cpu(op: str) -> KernelStatus:
 
 
 def _layer_on_cuda(op: str) -> KernelStatus:
-    """Ops of the decoder layer, for which liger-kernel's Triton kernels run as they are."""
+    """Ops outside the fused decoder layer, for which liger-kernel's Triton kernels run as they are."""
     reason = None
     if not liger.is_installed():
         reason = "liger-kernel is not installed: pip install liger-kernel; plain PyTorch runs"
