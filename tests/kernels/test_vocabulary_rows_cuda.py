@@ -180,12 +180,10 @@ def test_targets_shares(
     weight = torch.randn(41, 37, generator=generator).to(dtype)
     coefficients = torch.randn(len(pairs.rows_U), generator=generator, dtype=stat_dtype)
     grad_TD, grad_VD = (torch.randn(rows, 37, generator=generator, dtype=stat_dtype) for rows in (19, 41))
-    exact_TD = grad_TD.clone().double().index_add_(
-        0, pairs.rows_U, coefficients.double()[:, None] * weight[pairs.targets_U].double()
-    )
-    exact_VD = grad_VD.clone().double().index_add_(
-        0, pairs.targets_U, coefficients.double()[:, None] * hidden[pairs.rows_U].double()
-    )
+    columns = coefficients.double()[:, None] * weight[pairs.targets_U].double()
+    rows = coefficients.double()[:, None] * hidden[pairs.rows_U].double()
+    exact_TD = grad_TD.to(torch.float64, copy=True).index_add_(0, pairs.rows_U, columns)
+    exact_VD = grad_VD.to(torch.float64, copy=True).index_add_(0, pairs.targets_U, rows)
     there = pairs_to(pairs, device)
     grad_TD, grad_VD, coefficients = (value.to(device) for value in (grad_TD, grad_VD, coefficients))
     module.add_target_columns_(grad_TD, weight.to(device), coefficients, there.starts, there.targets_U)
