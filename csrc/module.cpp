@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY(omnigrpo, m) {
   m.def(
       "head_gradients(Tensor(a!) exps, Tensor hidden, Tensor weight, Tensor live, Tensor row_scale, Tensor? alpha, "
       "Tensor? beta, Tensor(b!)? grad_weight, bool accumulate, bool want_hidden) -> Tensor");
+  m.def(
+      "shared_prefix_attention_backward_amx(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "int[] prefix_lengths, int[] completion_counts, int[] completion_lengths, bool prefix_queries, float scale, "
+      "int pieces) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 
 namespace {

@@ -20,12 +20,16 @@ of 112 small heads; with the prefix of 976 rows everything takes 60 ms, and took
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from omnigrpo_kernels import extension
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
+AMX_HEAD_WIDTHS = (32, 64, 96, 128)
+"""Of the extension's backward pass, in bfloat16."""
 DIAGONAL_TOKENS = 256
 """Of a block on the diagonal in the backward pass; half of it is computed for nothing."""
 PIECE_TOKENS = 64
@@ -66,6 +70,8 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtype; sums over blocks are float32 (float64)."""
+    if runs_on_amx(q_TNH.dtype, q_TNH.shape[2]):
+        return _amx_backward(do_TNH, q_TNH, k_TKH, v_TKH, o_TNH, lse_NT, layout, scale)
     num_kv_heads = k_TKH.shape[1]
     q_KTJH, do_KTJH, o_KTJH = (_fold(x, num_kv_heads) for x in (q_TNH, do_TNH, o_TNH))
     queries = _Queries(q_KTJH, do_KTJH, o_KTJH, _fold(lse_NT.T, num_kv_heads))
@@ -87,6 +93,48 @@ def attention_backward(
     dq_TNH = dq_KTJH[0].transpose(0, 1).flatten(1, 2)
     dk_TKH, dv_TKH = (x[0].transpose(0, 1).to(q_TNH.dtype).contiguous() for x in (dk_KTH, dv_KTH))
     return dq_TNH, dk_TKH, dv_TKH
+
+
+def runs_on_amx(dtype: torch.dtype, head_width: int) -> bool:
+    """Whether the backward pass is the extension's, in C++."""
+    return dtype == torch.bfloat16 and head_width in AMX_HEAD_WIDTHS and _active_isa() == "amx_bf16"
+
+
+def _active_isa() -> str | None:
+    module = _extension()
+    return None if module is None else module.cpu_isa()
+
+
+@lru_cache(maxsize=1)
+def _extension() -> ModuleType | None:
+    """Attention needs no extension, so one that is not built is no error here."""
+    try:
+        return extension.load()
+    except ImportError:
+        return None
+
+
+def _amx_backward(
+    do_TNH: Tensor,
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    o_TNH: Tensor,
+    lse_NT: Tensor,
+    layout: SharedPrefixLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (x if x.stride(2) == 1 else x.contiguous() for x in (do_TNH, q_TNH, k_TKH, v_TKH, o_TNH))
+    return torch.ops.omnigrpo.shared_prefix_attention_backward_amx(
+        *rows,
+        lse_NT,
+        layout.prefix_lengths,
+        [len(lengths) for lengths in layout.completion_lengths],
+        [length for lengths in layout.completion_lengths for length in lengths],
+        layout.prefix_queries,
+        scale,
+        torch.get_num_threads(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
