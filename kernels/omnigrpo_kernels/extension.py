@@ -53,13 +53,7 @@ def kernel_status() -> list[KernelStatus]:
     return [
         *(_head_on_cpu(op) for op in HEAD_OPS),
         *(_on_cuda(op, "Triton, cuBLAS") for op in HEAD_OPS),
-        KernelStatus(
-            op="shared_prefix_attention",
-            device="cpu",
-            implementation="PyTorch's flash kernels, in parts",
-            active=True,
-            reason=None,
-        ),
+        _attention_on_cpu(),
         _on_cuda("shared_prefix_attention", "Triton"),
         _on_cuda("decoder_layer", "Triton, cuBLAS"),
         *(_layer_on_cpu(op) for op in liger.FUNCTIONS),
@@ -74,6 +68,18 @@ def _head_on_cpu(op: str) -> KernelStatus:
         implementation, reason = "none", str(error)
     return KernelStatus(
         op=op, device="cpu", implementation=implementation, active=reason is None, reason=reason
+    )
+
+
+def _attention_on_cpu() -> KernelStatus:
+    implementation = "PyTorch's flash kernels, in parts"
+    try:
+        if load().cpu_isa() == "amx_bf16":
+            implementation += "; backward in bfloat16: C++ (amx_bf16)"
+    except ImportError:
+        pass
+    return KernelStatus(
+        op="shared_prefix_attention", device="cpu", implementation=implementation, active=True, reason=None
     )
 
 

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from omnigrpo_kernels import extension, shared_prefix_attention_cpu
 from omnigrpo_kernels.shared_prefix_attention import (
     group_mask,
     shared_prefix_attention,
@@ -181,10 +182,11 @@ def test_scale_multiplies_the_scores() -> None:
     )
 
 
-def test_noncontiguous_inputs_give_the_same() -> None:
+@pytest.mark.parametrize("dims", [(0, 1), (1, 2)], ids=["heads apart", "elements apart"])
+def test_noncontiguous_inputs_give_the_same(dims: tuple[int, int]) -> None:
     layout = LAYOUTS["several groups"]
     qkv = random_qkv(layout, 4, 2)
-    q_TNH, k_TKH, v_TKH = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in qkv)
+    q_TNH, k_TKH, v_TKH = (tensor.transpose(*dims).contiguous().transpose(*dims) for tensor in qkv)
     assert not q_TNH.is_contiguous()
     strided = shared_prefix_attention(q_TNH, k_TKH, v_TKH, layout)
     torch.testing.assert_close(strided, shared_prefix_attention(*qkv, layout), rtol=0, atol=1e-12)
@@ -285,6 +287,156 @@ def test_op_keeps_the_rules_of_pytorchs_dispatcher(layout: SharedPrefixLayout, p
         out, lse = torch.ops.omnigrpo.shared_prefix_attention(*inputs, *constants)
         backward = (torch.randn_like(out), *(x.detach() for x in inputs), out, lse, *constants)
         torch.library.opcheck(torch.ops.omnigrpo.shared_prefix_attention_backward.default, backward)
+
+
+AMX_LAYOUTS = {
+    "odd lengths": SharedPrefixLayout(prefix_lengths=(205,), completion_lengths=((37, 1, 150, 64),)),
+    "empty completions": SharedPrefixLayout(prefix_lengths=(33,), completion_lengths=((0, 45, 0),)),
+    "one-row prefix": SharedPrefixLayout(prefix_lengths=(1,), completion_lengths=((31, 70),)),
+    "several groups": SharedPrefixLayout(
+        prefix_lengths=(40, 3, 129), completion_lengths=((20, 61), (), (5, 0, 33))
+    ),
+    "whole strips": SharedPrefixLayout(prefix_lengths=(64, 32), completion_lengths=((32, 96), (64,))),
+}
+each_amx_layout = pytest.mark.parametrize("layout", AMX_LAYOUTS.values(), ids=AMX_LAYOUTS.keys())
+
+
+@pytest.fixture
+def amx() -> Iterator[None]:
+    """Skips where the CPU has no AMX, which is the active instruction set where it has."""
+    if extension.load().cpu_isa() != "amx_bf16":
+        pytest.skip("the CPU has no AMX")
+    yield
+    extension.load().use_cpu_isa("amx_bf16")
+
+
+def backward_inputs(
+    layout: SharedPrefixLayout, num_heads: int, num_kv_heads: int, head_width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bfloat16 q, k, v and the output's gradient, with q's rows as the layout has them."""
+    q_TNH, k_TKH, v_TKH = (
+        x.detach() for x in random_qkv(layout, num_heads, num_kv_heads, torch.bfloat16, head_width)
+    )
+    q_TNH = q_TNH[: layout.num_query_rows].contiguous()
+    return q_TNH, k_TKH, v_TKH, q_TNH.roll(1, dims=2)
+
+
+def gradients(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    layout: SharedPrefixLayout,
+    scale: float | None = None,
+    attention: Callable[..., Tensor] = shared_prefix_attention,
+) -> tuple[Tensor, ...]:
+    *qkv, upstream = inputs
+    qkv = tuple(x.detach().requires_grad_() for x in qkv)
+    return torch.autograd.grad(attention(*qkv, layout, scale=scale), qkv, upstream)
+
+
+@each_amx_layout
+@pytest.mark.parametrize("prefix_queries", [True, False])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_width"),
+    [(14, 2, 64), (2, 2, 32), (7, 1, 96), (3, 3, 128)],
+    ids=["14/2/64", "2/2/32", "7/1/96", "3/3/128"],
+)
+@pytest.mark.parametrize("scale", [None, 0.31])
+def test_amx_errors_are_at_most_twice_those_of_dense_attention(
+    amx: None,
+    layout: SharedPrefixLayout,
+    prefix_queries: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_width: int,
+    scale: float | None,
+) -> None:
+    layout = replace(layout, prefix_queries=prefix_queries)
+    inputs = backward_inputs(layout, num_heads, num_kv_heads, head_width)
+    q, k, v, upstream = (x.double() for x in inputs)
+    exact = gradients((q, k, v, upstream), layout, scale, shared_prefix_attention_reference)
+    dense = relative_errors(gradients(inputs, layout, scale, shared_prefix_attention_reference), exact)
+    errors = relative_errors(gradients(inputs, layout, scale), exact)
+    for error, bound in zip(errors, dense, strict=True):
+        assert error <= 2 * bound
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_width", "isa", "taken"),
+    [
+        (torch.bfloat16, 64, "amx_bf16", True),
+        (torch.bfloat16, 40, "amx_bf16", False),
+        (torch.float32, 64, "amx_bf16", False),
+        (torch.bfloat16, 64, "avx512_bf16", False),
+    ],
+)
+def test_amx_path_is_taken_where_it_can_be(
+    amx: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_width: int, isa: str, taken: bool
+) -> None:
+    calls = []
+    whole = shared_prefix_attention_cpu._amx_backward
+    monkeypatch.setattr(
+        shared_prefix_attention_cpu, "_amx_backward", lambda *args: calls.append(args) or whole(*args)
+    )
+    extension.load().use_cpu_isa(isa)
+    q_TNH, k_TKH, v_TKH = random_qkv(LAYOUTS["uneven"], 4, 2, dtype, head_width)
+    shared_prefix_attention(q_TNH, k_TKH, v_TKH, LAYOUTS["uneven"]).sum().backward()
+    assert bool(calls) is taken
+
+
+@each_amx_layout
+def test_amx_runs_are_bitwise_equal_and_close_for_any_number_of_threads(
+    amx: None, monkeypatch: pytest.MonkeyPatch, layout: SharedPrefixLayout
+) -> None:
+    inputs = backward_inputs(layout, 14, 2, 64)
+    results = []
+    for num_threads in (1, 1, 2, 2, 7, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
+        results.append(gradients(inputs, layout))
+    for first, second in zip(results[::2], results[1::2], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert max(relative_errors(second, (x.double() for x in results[0]))) < 1e-3
+
+
+def test_amx_on_one_thread_equals_two(amx: None) -> None:
+    """One piece after another gives what two threads give."""
+    inputs = backward_inputs(AMX_LAYOUTS["odd lengths"], 14, 2, 64)
+    expected = gradients(inputs, AMX_LAYOUTS["odd lengths"])
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = gradients(inputs, AMX_LAYOUTS["odd lengths"])
+    finally:
+        torch.set_num_threads(num_threads)
+    assert max(relative_errors(alone, (x.double() for x in expected))) < 1e-3
+
+
+def test_amx_takes_strided_and_expanded_inputs(amx: None) -> None:
+    layout = AMX_LAYOUTS["several groups"]
+    q, k, v, upstream = backward_inputs(layout, 6, 2, 32)
+    upstream = upstream[:, :, :1].expand_as(q)
+    expected = gradients((q, k, v, upstream.contiguous()), layout)
+    fused = torch.cat([q, k, v], dim=1)
+    for inputs in (
+        (*fused.split((6, 2, 2), dim=1), upstream),
+        tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, upstream)),
+        tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, upstream)),
+    ):
+        for actual, wanted in zip(gradients(inputs, layout), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_amx_keeps_other_groups_from_what_is_not_finite(amx: None, value: float) -> None:
+    """The middle group's rows are bad, all of them; its neighbours' end within a strip."""
+    layout = AMX_LAYOUTS["several groups"]
+    inputs = backward_inputs(layout, 14, 2, 64)
+    expected = gradients(inputs, layout)
+    start, length = layout.group_starts[1], layout.group_lengths[1]
+    bad = tuple(x.clone() for x in inputs)
+    for x in bad:
+        x[start : start + length] = value
+    others = [*range(start), *range(start + length, layout.num_rows)]
+    for actual, wanted in zip(gradients(bad, layout), expected, strict=True):
+        assert torch.equal(actual[others], wanted[others])
 
 
 def test_cpu_kernels_are_registered() -> None:
