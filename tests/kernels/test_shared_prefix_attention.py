@@ -322,13 +322,13 @@ def backward_inputs(
 
 
 def gradients(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, ...],
     layout: SharedPrefixLayout,
     scale: float | None = None,
     attention: Callable[..., Tensor] = shared_prefix_attention,
 ) -> tuple[Tensor, ...]:
-    *qkv, upstream = inputs
-    qkv = tuple(x.detach().requires_grad_() for x in qkv)
+    upstream = inputs[3]
+    qkv = tuple(x.detach().requires_grad_() for x in inputs[:3])
     return torch.autograd.grad(attention(*qkv, layout, scale=scale), qkv, upstream)
 
 
@@ -396,17 +396,18 @@ def test_amx_runs_are_bitwise_equal_and_close_for_any_number_of_threads(
         assert max(relative_errors(second, (x.double() for x in results[0]))) < 1e-3
 
 
-def test_amx_on_one_thread_equals_two(amx: None) -> None:
-    """One piece after another gives what two threads give."""
+def test_amx_on_one_thread_is_close_to_two(amx: None) -> None:
+    """Up to the order of sums: as many pieces as threads."""
     inputs = backward_inputs(AMX_LAYOUTS["odd lengths"], 14, 2, 64)
-    expected = gradients(inputs, AMX_LAYOUTS["odd lengths"])
     num_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = gradients(inputs, AMX_LAYOUTS["odd lengths"])
+        torch.set_num_threads(2)
+        both = gradients(inputs, AMX_LAYOUTS["odd lengths"])
     finally:
         torch.set_num_threads(num_threads)
-    assert max(relative_errors(alone, (x.double() for x in expected))) < 1e-3
+    assert max(relative_errors(both, (x.double() for x in alone))) < 1e-3
 
 
 def test_amx_takes_strided_and_expanded_inputs(amx: None) -> None:
