@@ -139,7 +139,7 @@ class PrefixSource:
                 [prompt.modalities for prompt in prompts],
                 self._sampling,
                 num_workers=self._config.num_workers,
-            )
+            ).clips
         self.num_decoded += len(decoded)
         results: list[ClipFeatures | DecodedClip] = list(decoded)
         usable = [at for at, clip in enumerate(decoded) if clip.status is ClipStatus.OK]

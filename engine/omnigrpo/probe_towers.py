@@ -59,7 +59,8 @@ def probe_features(model: HumanOmni, prompts: Sequence[Prompt]) -> ProbeFeatures
     for start in range(0, len(prompts), _BATCH_CLIPS):
         clips = [prompt.clip for prompt in prompts[start : start + _BATCH_CLIPS]]
         pixels, mels = [], []
-        for item in decode(clips, [both] * len(clips), SamplingConfig(num_frames=config.vision.num_frames)):
+        sampling = SamplingConfig(num_frames=config.vision.num_frames)
+        for item in decode(clips, [both] * len(clips), sampling).clips:
             if item.frames_FHWC is None or item.waveform is None:
                 raise ValueError(f"the probe needs every clip, but {item.error}; generate the data again")
             pixels.append(siglip_pixels(item.frames_FHWC, image_size=config.vision.image_size, aspect="pad"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 Modality = Literal["video", "audio"]
+DecoderName = Literal["pyav", "dali"]
 FinishReason = Literal["stop", "length"]
 
 VIDEO_ROW = -201
@@ -37,6 +38,11 @@ class ClipStatus(StrEnum):
     """Fewer frames than ``media.min_frames``."""
     TRUNCATED = "truncated"
     CORRUPT = "corrupt"
+    RESOLUTION_CHANGE = "resolution_change"
+    """Its pictures change their size on the way."""
+    UNSUPPORTED_CODEC = "unsupported_codec"
+    TIMEOUT = "timeout"
+    """Not decoded within ``media.timeout_seconds``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,12 +80,29 @@ class DecodedClip:
     error: str | None
     """None when ``status`` is ok; else a sentence that names the file and the reason."""
     frames_FHWC: Tensor | None
-    """uint8 RGB frames ``[num_frames, height, width, 3]`` on the CPU; None when video was not asked for."""
+    """uint8 RGB frames ``[num_frames, height, width, 3]`` on the decoding device; None when video was not asked for."""
     waveform: Tensor | None
     """float32 mono samples at 16 kHz, on the CPU; None when audio was not asked for."""
     sample_rate_hz: int
     content_hash: str | None
-    """Hex digest of the file's bytes and the time window; None when the file could not be read."""
+    """Hex digest of the file's bytes and the time window; None when the clip cannot be used."""
+    decoder: DecoderName | None
+    """Who decoded the pictures; None when there are none."""
+    num_pictures: int
+    """Pictures that were decoded for its frames, those included that only others refer to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedBatch:
+    """Several clips after decoding."""
+
+    clips: tuple[DecodedClip, ...]
+    """In the order asked."""
+
+    @property
+    def usable(self) -> tuple[DecodedClip, ...]:
+        """The clips whose status is ok."""
+        return tuple(clip for clip in self.clips if clip.status is ClipStatus.OK)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ ClipFile = Callable[..., Path]
 
 def _decode_one(path: Path, wanted=BOTH, min_frames: int = 2, /, **window: float) -> DecodedClip:
     sampling = SamplingConfig(min_frames=min_frames)
-    return decode([Clip(path=path, **window)], [wanted], sampling, num_workers=1)[0]
+    return decode([Clip(path=path, **window)], [wanted], sampling).clips[0]
 
 
 def _assert_dropped(clip: DecodedClip, status: ClipStatus, *words: str):
@@ -111,7 +111,9 @@ def test_random_damage_never_raises(clip_file: ClipFile, tmp_path: Path):
                 content[at : at + 200] = random.bytes(200)
             paths.append(tmp_path / f"{turn}_{name}")
             paths[-1].write_bytes(content)
-    batch = decode([Clip(path=path) for path in paths], [BOTH] * len(paths), SamplingConfig(), num_workers=2)
+    batch = decode(
+        [Clip(path=path) for path in paths], [BOTH] * len(paths), SamplingConfig(), num_workers=2
+    ).clips
     for clip in batch:
         complete = clip.frames_FHWC is not None and clip.waveform is not None
         assert complete == (clip.status is ClipStatus.OK) == (clip.error is None)
@@ -168,7 +170,7 @@ def test_a_resolution_that_changes(clip_file: ClipFile):
     small = clip_file("small.ts", tone_hertz=None)
     large = clip_file("large.ts", tone_hertz=None, width=128, height=96)
     small.write_bytes(small.read_bytes() + large.read_bytes())
-    _assert_dropped(_decode_one(small, ("video",)), ClipStatus.CORRUPT, "from 96x64 to 128x96")
+    _assert_dropped(_decode_one(small, ("video",)), ClipStatus.RESOLUTION_CHANGE, "96x64", "128x96")
 
 
 @pytest.mark.parametrize(("start", "end"), [(5.0, 6.0), (1.0, 1.0), (1.5, 0.5)])
@@ -209,7 +211,7 @@ def test_the_frames_of_the_window_are_the_ones_that_count(clip_file: ClipFile):
 def test_one_bad_clip_does_not_disturb_its_batch(clip_file: ClipFile, tmp_path: Path):
     good, cut = clip_file("good.mp4"), _cut(clip_file("cut.mp4", container_options=FASTSTART), 0.5)
     paths = [good, cut, good, tmp_path / "nowhere.mp4", good]
-    batch = decode([Clip(path=path) for path in paths], [BOTH] * 5, SamplingConfig(), num_workers=3)
+    batch = decode([Clip(path=path) for path in paths], [BOTH] * 5, SamplingConfig(), num_workers=3).clips
     assert [clip.status for clip in batch] == ["ok", "truncated", "ok", "missing", "ok"]
 
 

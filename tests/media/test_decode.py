@@ -24,7 +24,7 @@ def _decode_one(
     path: Path, wanted=BOTH, *, num_frames: int = 8, min_frames: int = 2, **window: float
 ) -> DecodedClip:
     sampling = SamplingConfig(num_frames=num_frames, min_frames=min_frames)
-    return decode([Clip(path=path, **window)], [wanted], sampling, num_workers=1)[0]
+    return decode([Clip(path=path, **window)], [wanted], sampling).clips[0]
 
 
 def _frames(clip: DecodedClip) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_every_single_frame_can_be_reached_by_a_window(
     path = clip_file(name, **changes)
     windows = [(n / 25 - 0.02, n / 25 + 0.02) for n in range(50)]
     clips = [Clip(path=path, start_seconds=start, end_seconds=end) for start, end in windows]
-    decoded = decode(clips, [VIDEO] * 50, SamplingConfig(num_frames=1, min_frames=1))
+    decoded = decode(clips, [VIDEO] * 50, SamplingConfig(num_frames=1, min_frames=1)).clips
     assert [frame_numbers(_frames(clip))[0] for clip in decoded] == list(range(50))
 
 
@@ -172,7 +172,7 @@ def test_what_is_not_wanted_is_neither_decoded_nor_required(clip_file: ClipFile)
         [("video",), ("audio",), ()],
         SamplingConfig(),
         num_workers=2,
-    )
+    ).clips
     assert (video.status, audio.status, neither.status) == (ClipStatus.OK,) * 3
     assert video.waveform is None
     assert audio.frames_FHWC is None
@@ -183,9 +183,9 @@ def test_what_is_not_wanted_is_neither_decoded_nor_required(clip_file: ClipFile)
 def test_many_workers_keep_the_order_and_the_bytes(clip_file: ClipFile):
     paths = [clip_file(f"{n}.mp4", num_frames=3 + 7 * n, tone_seconds=0.2 + 0.1 * n) for n in range(6)]
     clips = [Clip(path=path) for path in paths * 3]
-    alone = decode(clips, [BOTH] * len(clips), SamplingConfig(), num_workers=1)
+    alone = decode(clips, [BOTH] * len(clips), SamplingConfig(), num_workers=1).clips
     for num_workers in (3, 8):
-        together = decode(clips, [BOTH] * len(clips), SamplingConfig(), num_workers=num_workers)
+        together = decode(clips, [BOTH] * len(clips), SamplingConfig(), num_workers=num_workers).clips
         assert [clip.clip for clip in together] == clips
         for ours, expected in zip(together, alone, strict=True):
             assert torch.equal(_frames(ours), _frames(expected))
@@ -211,4 +211,4 @@ def test_arguments_that_do_not_fit_are_refused(clip_file: ClipFile):
         decode([Clip(path=Path("a.mp4"))], [BOTH, BOTH], SamplingConfig())
     with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
         decode([], [], SamplingConfig(), num_workers=0)
-    assert decode([], [], SamplingConfig(), num_workers=4) == []
+    assert decode([], [], SamplingConfig(), num_workers=4).clips == ()

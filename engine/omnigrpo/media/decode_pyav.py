@@ -1,63 +1,120 @@
-"""Decoding one clip on the CPU with PyAV.
+"""One clip from its file to frames and waveform, on the CPU.
 
 PyAV's logging stays off: with it on, a damaged file and a multi-threaded decoder wait for each other forever.
 """
 
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BufferedReader
+from pathlib import Path
 
 from torch import Tensor
 
+from omnigrpo.media.clip_error import ClipError, Deadline
 from omnigrpo.media.container_check import hash_open_clip
-from omnigrpo.media.pyav_audio import decode_waveform
-from omnigrpo.media.pyav_frames import decode_frames
-from omnigrpo.media.pyav_tracks import ClipError, open_tracks
+from omnigrpo.media.frames_pyav import FrameDecoder, Pictures
 from omnigrpo.media.sampling import SamplingConfig
+from omnigrpo.media.sound import decode_waveform
+from omnigrpo.media.tracks import open_tracks
 from omnigrpo.schema import Clip, ClipStatus, DecodedClip, Modality
 
 
-def decode_clip(clip: Clip, wanted: Sequence[Modality], sampling: SamplingConfig) -> DecodedClip:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedClip:
+    """A clip whose sound is decoded and whose pictures are still compressed; its file is open."""
+
+    content_hash: str
+    waveform: Tensor | None
+    """float32 mono; None when audio was not asked for."""
+    frames: FrameDecoder | None
+    """None when video was not asked for."""
+
+
+@contextmanager
+def open_clip(
+    clip: Clip, wanted: Sequence[Modality], sampling: SamplingConfig, deadline: Deadline
+) -> Iterator[OpenedClip]:
+    """Demux a clip, decode its sound, and make its pictures ready; raises ClipError."""
+    with _open_file(clip.path) as file:
+        digest = hash_open_clip(file, clip)
+        with open_tracks(file, clip, deadline) as tracks:
+            frames, waveform = None, None
+            if "video" in wanted:
+                if tracks.video is None or not tracks.video.packets:
+                    raise ClipError(ClipStatus.NO_VIDEO, "has no video stream, but its prompt asks for video")
+                frames = FrameDecoder(tracks.video, tracks.window, sampling, deadline)
+            if "audio" in wanted:
+                if tracks.audio is None or not tracks.audio.packets:
+                    raise ClipError(ClipStatus.NO_AUDIO, "has no audio stream, but its prompt asks for audio")
+                waveform = decode_waveform(tracks.audio, tracks.window, sampling.sample_rate_hz, deadline)
+            yield OpenedClip(content_hash=digest, waveform=waveform, frames=frames)
+
+
+def decode_clip(
+    clip: Clip, wanted: Sequence[Modality], sampling: SamplingConfig, deadline: Deadline
+) -> DecodedClip:
     """Decode what is wanted of one clip; bad input becomes a status and a sentence, never an exception."""
-    frames, waveform, digest = None, None, None
-    status, error_text = ClipStatus.OK, None
     try:
-        with clip.path.open("rb") as file:
-            digest = hash_open_clip(file, clip)
-            frames, waveform = _decode_file(file, clip, wanted, sampling)
+        with open_clip(clip, wanted, sampling, deadline) as opened:
+            pictures = opened.frames.decode() if opened.frames is not None else None
+            return decoded_clip(clip, opened, pictures, sampling)
     except ClipError as error:
-        status, error_text = error.status, f"{clip.path} {error}"
-    except FileNotFoundError:
-        status, error_text = (
-            ClipStatus.MISSING,
-            f"{clip.path} does not exist; check the path in the data file",
-        )
-    except OSError as error:
-        status, error_text = ClipStatus.UNREADABLE, f"{clip.path} cannot be read: {error.strerror or error}"
+        return failed_clip(clip, error, sampling)
+
+
+def decoded_clip(
+    clip: Clip, opened: OpenedClip, pictures: Pictures | None, sampling: SamplingConfig
+) -> DecodedClip:
+    """The result of a clip that can be used."""
     return DecodedClip(
         clip=clip,
-        status=status,
-        error=error_text,
-        frames_FHWC=frames,
-        waveform=waveform,
+        status=ClipStatus.OK,
+        error=None,
+        frames_FHWC=None if pictures is None else pictures.frames_FHWC,
+        waveform=opened.waveform,
         sample_rate_hz=sampling.sample_rate_hz,
-        content_hash=digest,
+        content_hash=opened.content_hash,
+        decoder=None if pictures is None else pictures.decoder,
+        num_pictures=0 if pictures is None else pictures.num_decoded,
     )
 
 
-def _decode_file(
-    file: BufferedReader, clip: Clip, wanted: Sequence[Modality], sampling: SamplingConfig
-) -> tuple[Tensor | None, Tensor | None]:
-    if os.fstat(file.fileno()).st_size == 0:
-        raise ClipError(ClipStatus.UNREADABLE, "is empty (zero bytes)")
-    with open_tracks(file, clip) as tracks:
-        frames, waveform = None, None
-        if "video" in wanted:
-            if tracks.video is None or not tracks.video.packets:
-                raise ClipError(ClipStatus.NO_VIDEO, "has no video stream, but its prompt asks for video")
-            frames = decode_frames(tracks.video, tracks.window, sampling)
-        if "audio" in wanted:
-            if tracks.audio is None or not tracks.audio.packets:
-                raise ClipError(ClipStatus.NO_AUDIO, "has no audio stream, but its prompt asks for audio")
-            waveform = decode_waveform(tracks.audio, tracks.window, sampling.sample_rate_hz)
-        return frames, waveform
+def failed_clip(clip: Clip, error: ClipError, sampling: SamplingConfig) -> DecodedClip:
+    """The result of a clip that cannot be used."""
+    return DecodedClip(
+        clip=clip,
+        status=error.status,
+        error=f"{clip.path} {error}",
+        frames_FHWC=None,
+        waveform=None,
+        sample_rate_hz=sampling.sample_rate_hz,
+        content_hash=None,
+        decoder=None,
+        num_pictures=0,
+    )
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[BufferedReader]:
+    """Open a regular file that is not empty, without waiting (as a pipe would make one wait)."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ClipError(ClipStatus.MISSING, "does not exist; check the path in the data file") from error
+    except (OSError, ValueError) as error:
+        raise ClipError(ClipStatus.UNREADABLE, f"cannot be read: {_reason(error)}") from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise ClipError(ClipStatus.UNREADABLE, "cannot be read: it is no regular file")
+    with os.fdopen(handle, "rb") as file:
+        if status.st_size == 0:
+            raise ClipError(ClipStatus.UNREADABLE, "is empty (zero bytes)")
+        yield file
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,9 +1,10 @@
 """Which frames of a clip are looked at, and how its sound is sampled."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 FramePolicy = Literal["uniform"]
+Colour = Literal["tag", "bt601"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +19,8 @@ class SamplingConfig:
     """uniform: the middles of equal segments of the frame list, see ``uniform_frame_indices``."""
     sample_rate_hz: int = 16_000
     """Rate of the mono waveform."""
+    colour: Colour = "tag"
+    """tag: the matrix that a stream names, BT.601 where it names none; bt601: always BT.601, as DALI does."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "min_frames", "sample_rate_hz"):
@@ -26,6 +29,8 @@ class SamplingConfig:
                 raise ValueError(f"sampling.{name} must be at least 1, got {value}")
         if self.frame_policy != "uniform":
             raise ValueError(f"sampling.frame_policy must be 'uniform', got {self.frame_policy!r}")
+        if self.colour not in get_args(Colour):
+            raise ValueError(f"sampling.colour must be 'tag' or 'bt601', got {self.colour!r}")
 
 
 def uniform_frame_indices(num_frames: int, num_wanted: int) -> tuple[int, ...]:

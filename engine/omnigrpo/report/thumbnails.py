@@ -39,7 +39,7 @@ def clip_frames(clips: Sequence[Clip], *, num_frames: int) -> tuple[Frames, ...]
         return ()
     video: tuple[Modality, ...] = ("video",)
     sampling = SamplingConfig(num_frames=num_frames, min_frames=1)
-    decoded = decode(clips, [video] * len(clips), sampling)
+    decoded = decode(clips, [video] * len(clips), sampling).clips
     return tuple(
         Frames(images=_images(clip.frames_FHWC.numpy()), error=None)
         if clip.status is ClipStatus.OK and clip.frames_FHWC is not None

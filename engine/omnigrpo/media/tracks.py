@@ -15,20 +15,17 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from omnigrpo.media.clip_error import ClipError, Deadline
 from omnigrpo.media.container_check import shortfall
 from omnigrpo.schema import Clip, ClipStatus
 
 StreamT = TypeVar("StreamT", VideoStream, AudioStream)
 
 _IO_BUFFER_BYTES = 1 << 18
-
-
-class ClipError(Exception):
-    """A clip that cannot be used: its status, and the reason as a sentence whose subject is the path."""
-
-    def __init__(self, status: ClipStatus, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+_WITHOUT_DISPLAY_TIMES = frozenset(("avi", "h264", "hevc", "m4v", "mpegvideo", "obu", "mjpeg"))
+"""FFmpeg's names of formats whose time stamps it makes up."""
+_BEYOND_WINDOW_SECONDS = 10.0
+"""How far behind the end of a window packets are still read: those that are decoded late are stored early."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +34,8 @@ class Track(Generic[StreamT]):
 
     stream: StreamT
     packets: list[Packet]
+    has_display_times: bool
+    """Whether the container says when a picture is shown; AVI and raw streams know their order of decoding only."""
 
     @property
     def time_base(self) -> Fraction:
@@ -80,15 +79,22 @@ class Tracks:
 
 
 @contextmanager
-def open_tracks(file: BufferedReader, clip: Clip) -> Iterator[Tracks]:
+def open_tracks(file: BufferedReader, clip: Clip, deadline: Deadline) -> Iterator[Tracks]:
     """Demux an open file; the tracks can be decoded while the context is open.
 
     Raises:
-        ClipError: UNREADABLE when it is not media, TRUNCATED or CORRUPT when part of it is missing.
+        ClipError: UNREADABLE when it is not media, TRUNCATED or CORRUPT when part of it is missing, TIMEOUT.
     """
     missing = shortfall(file)
+    seconds = deadline.timeout_seconds
     try:
-        container = av.open(file, mode="r", buffer_size=_IO_BUFFER_BYTES, metadata_errors="replace")
+        container = av.open(
+            file,
+            mode="r",
+            buffer_size=_IO_BUFFER_BYTES,
+            metadata_errors="replace",
+            timeout=(seconds, seconds),
+        )
     except FFmpegError as error:
         if missing is not None:
             raise ClipError(ClipStatus.TRUNCATED, f"is truncated: {missing}") from error
@@ -96,29 +102,45 @@ def open_tracks(file: BufferedReader, clip: Clip) -> Iterator[Tracks]:
             ClipStatus.UNREADABLE, f"is not a readable media file: {_words(error)}; check it with a player"
         ) from error
     with container:
-        video, audio, failure = _demux(container)
+        video, audio, failure = _demux(container, clip, deadline)
         if missing is not None or failure is not None:
             raise _incomplete(video or audio, missing, failure)
         yield Tracks(video=video, audio=audio, window=_window(clip, video, audio))
 
 
 def _demux(
-    container: InputContainer,
+    container: InputContainer, clip: Clip, deadline: Deadline
 ) -> tuple[Track[VideoStream] | None, Track[AudioStream] | None, FFmpegError | None]:
-    """Read every packet of the first real video stream and the first audio stream, until a failure."""
+    """Read the packets of the first real video stream and the first audio stream, until a failure."""
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    video = Track(stream=videos[0], packets=[]) if videos else None
-    audio = Track(stream=container.streams.audio[0], packets=[]) if container.streams.audio else None
+    audios = container.streams.audio
+    timed = container.format.name not in _WITHOUT_DISPLAY_TIMES
+    video = Track(stream=videos[0], packets=[], has_display_times=timed) if videos else None
+    audio = Track(stream=audios[0], packets=[], has_display_times=timed) if audios else None
     tracks = {track.stream.index: track for track in (video, audio) if track is not None}
     if not tracks:
         return None, None, None
+    unfinished = set(tracks)
     try:
         for packet in container.demux([track.stream for track in tracks.values()]):
+            deadline.check()
             if packet.size > 0:
                 tracks[packet.stream_index].packets.append(packet)
+                if _is_beyond(packet, clip, tracks[packet.stream_index]):
+                    unfinished.discard(packet.stream_index)
+            if not unfinished:
+                break
     except FFmpegError as error:
         return video, audio, error
     return video, audio, None
+
+
+def _is_beyond(packet: Packet, clip: Clip, track: Track[VideoStream] | Track[AudioStream]) -> bool:
+    """Whether no packet from here on can belong to the clip's window."""
+    first = track.packets[0].dts
+    if clip.end_seconds is None or packet.dts is None or first is None:
+        return False
+    return float((packet.dts - first) * track.time_base) > clip.end_seconds + _BEYOND_WINDOW_SECONDS
 
 
 def _incomplete(

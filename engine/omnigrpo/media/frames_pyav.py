@@ -1,0 +1,181 @@
+"""Decodes the wanted frames of a video track with PyAV, and as little else as it can."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+import torch
+from av.error import FFmpegError
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from omnigrpo.media.clip_error import ClipError, Deadline, OutOfStepError
+from omnigrpo.media.frame_plan import FramePlan, choose_frames, plan_frames
+from omnigrpo.media.picture_rgb import RgbConverter
+from omnigrpo.media.reference_pictures import ReferenceReader
+from omnigrpo.media.sampling import SamplingConfig
+from omnigrpo.media.tracks import Track, Window
+from omnigrpo.schema import ClipStatus, DecoderName
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pictures:
+    """The frames of one clip."""
+
+    frames_FHWC: Tensor
+    """uint8 RGB ``[F, height, width, 3]``, upright."""
+    num_decoded: int
+    """Pictures that the decoder gave for them."""
+    decoder: DecoderName
+
+
+class FrameDecoder:
+    """Chooses the frames of one track and decodes them; bound to the track's open file.
+
+    Raises ClipError when it is made: NO_VIDEO without a frame in the window, TOO_SHORT with fewer than
+    ``sampling.min_frames``.
+    """
+
+    def __init__(
+        self, track: Track[VideoStream], window: Window, sampling: SamplingConfig, deadline: Deadline
+    ) -> None:
+        stream = track.stream
+        self._track, self._window, self._sampling, self._deadline = track, window, sampling, deadline
+        self._references = ReferenceReader(
+            stream.codec_context.name, stream.codec_context.extradata, track.packets
+        )
+        self._num_decoded = 0
+        self.plan = self._make_plan()
+        """None when the packets do not tell which pictures there are: then they must be counted."""
+
+    def _make_plan(self) -> FramePlan | None:
+        try:
+            return plan_frames(self._track, self._references, self._window, self._sampling)
+        except OutOfStepError:
+            return None
+
+    def decode(self) -> Pictures:
+        """Return ``sampling.num_frames`` frames, turned upright as the file's rotation says.
+
+        Raises:
+            ClipError: CORRUPT when a picture that was needed is damaged, RESOLUTION_CHANGE, TIMEOUT; and what making
+                it raises, where only decoding shows the frames.
+        """
+        self._track.stream.codec_context.thread_type = "NONE"
+        try:
+            try:
+                images, wanted = self._by_counting() if self.plan is None else self._by_plan(self.plan)
+            except OutOfStepError:
+                images, wanted = self._by_counting()
+        except FFmpegError as error:
+            raise ClipError(
+                ClipStatus.CORRUPT, f"is corrupt: {error.strerror} while decoding video"
+            ) from error
+        return Pictures(frames_FHWC=_gather(images, wanted), num_decoded=self._num_decoded, decoder="pyav")
+
+    def _by_plan(self, plan: FramePlan) -> tuple[dict[int, Tensor], Sequence[int]]:
+        """Decode run after run, without the pictures that neither are wanted nor serve others."""
+        wanted = set(plan.wanted)
+        stamps = {packet.pts for packet in self._track.packets if not packet.is_discard}
+        convert = RgbConverter(self._sampling.colour)
+        images: dict[int, Tensor] = {}
+        for run in plan.runs:
+            before = None
+            for frame in self._decode(self._track.packets[run.first : run.stop], wanted):
+                if frame.pts not in stamps or frame.interlaced_frame or not _ascends(before, frame.pts):
+                    raise OutOfStepError
+                before = frame.pts
+                if frame.pts in wanted:
+                    images[frame.pts] = convert(frame)
+        if len(images) < len(wanted):
+            raise OutOfStepError
+        return images, plan.wanted
+
+    def _by_counting(self) -> tuple[dict[int, Tensor], Sequence[int]]:
+        """Decode every picture in order; again when there are not as many as packets.
+
+        For AVI, raw streams, interlaced ones, and others whose packets lack time stamps, repeat them, or are not
+        one picture each.
+        """
+        number = sum(not packet.is_discard for packet in self._track.packets)
+        guess = self._choose(range(number), [None] * number)
+        images, stamps = self._numbered(set(guess))
+        wanted = self._choose(range(len(stamps)), stamps)
+        if not set(wanted) <= images.keys():
+            images, _ = self._numbered(set(wanted))
+        return images, wanted
+
+    def _choose(self, ordinals: Sequence[int], stamps: Sequence[int | None]) -> list[int]:
+        seconds = self._frame_seconds(stamps)
+        candidates = [ordinal for ordinal in ordinals if seconds[ordinal] in self._window]
+        return choose_frames(candidates, self._window, self._sampling)
+
+    def _numbered(self, wanted: set[int]) -> tuple[dict[int, Tensor], list[int | None]]:
+        """Decode everything; returns the wanted images by ordinal, and the time stamps of all pictures."""
+        convert = RgbConverter(self._sampling.colour)
+        images: dict[int, Tensor] = {}
+        stamps: list[int | None] = []
+        for ordinal, frame in enumerate(self._decode(self._track.packets, None)):
+            if ordinal in wanted:
+                images[ordinal] = convert(frame)
+            stamps.append(frame.pts)
+        return images, stamps
+
+    def _frame_seconds(self, stamps: Sequence[int | None]) -> Sequence[float | Fraction]:
+        """Container time of each picture: its stamp when all ascend, else its place at a constant rate."""
+        stream = self._track.stream
+        present = [stamp for stamp in stamps if stamp is not None]
+        if len(present) == len(stamps) and all(a < b for a, b in pairwise(present)):
+            return [stamp * self._track.time_base for stamp in present]
+        rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        return [self._window.origin_seconds + float(ordinal / rate) for ordinal in range(len(stamps))]
+
+    def _decode(self, packets: Sequence[Packet], wanted: set[int] | None) -> Iterator[VideoFrame]:
+        """Decode from a clean decoder and check each picture; with ``wanted``, skip what no picture needs."""
+        stream, size = self._track.stream, None
+        codec = stream.codec_context
+        codec.flush_buffers()
+        for packet in (*packets, None):
+            self._deadline.check()
+            if packet is not None and wanted is not None and packet.pts not in wanted:
+                if self._references.is_disposable(packet):
+                    continue
+                codec.skip_frame = self._references.skip
+            else:
+                codec.skip_frame = "DEFAULT"
+            for frame in stream.decode(packet):
+                self._num_decoded += 1
+                size = _checked_size(frame, size)
+                yield frame
+
+
+def _ascends(before: int | None, pts: int | None) -> bool:
+    return pts is not None and (before is None or before < pts)
+
+
+def _checked_size(frame: VideoFrame, before: tuple[int, int] | None) -> tuple[int, int]:
+    """Raise ClipError for a damaged picture, or one of another size than the one before."""
+    if frame.is_corrupt:
+        raise ClipError(ClipStatus.CORRUPT, f"is corrupt: the picture at {frame.time} s is damaged")
+    size = (frame.width, frame.height)
+    if before is not None and size != before:
+        raise ClipError(
+            ClipStatus.RESOLUTION_CHANGE,
+            f"is unusable: its resolution changes from {before[0]}x{before[1]} to {size[0]}x{size[1]} at "
+            f"{frame.time} s; re-encode it at one size",
+        )
+    return size
+
+
+def _gather(images: dict[int, Tensor], wanted: Sequence[int]) -> Tensor:
+    """The wanted images in order."""
+    sizes = {tuple(image.shape) for image in images.values()}
+    if len(sizes) > 1:
+        words = " and ".join(f"{width}x{height}" for height, width, _ in sorted(sizes))
+        raise ClipError(
+            ClipStatus.RESOLUTION_CHANGE, f"is unusable: it has frames of {words}; re-encode it at one size"
+        )
+    return torch.stack([images[at] for at in wanted])

@@ -1,0 +1,159 @@
+"""What a video packet says about references: where decoding may begin, and which pictures no other one needs.
+
+Bitstream syntax: H.264 (ITU-T H.264, 7.3.1 and D.1.8), HEVC (ITU-T H.265, 7.3.1.2 and D.2.8), VP8 (RFC 6386, 9.1).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Literal
+
+from av.packet import Packet
+
+_H264_IDR, _H264_SEI, _H264_SLICES = 5, 6, range(1, 6)
+_HEVC_RANDOM_ACCESS, _HEVC_SLICES, _HEVC_SUB_LAYER_NON_REFERENCE = range(16, 24), range(32), range(0, 15, 2)
+_RECOVERY_POINT = 6
+
+KEYFRAMES_ARE_ENTRY_POINTS = frozenset(("vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"))
+"""Codecs whose keyframes need no earlier picture, by FFmpeg's names."""
+
+
+_DISPOSABLE_BY_DECODER = frozenset(("mpeg1video", "mpeg2video", "mpeg4"))
+"""Codecs whose decoders know disposable pictures (B) by themselves, and keep no state of them that others need."""
+
+
+class NalReader:
+    """Splits packets of one H.264 or HEVC stream into NAL units."""
+
+    def __init__(self, extradata: bytes | None, *, is_hevc: bool) -> None:
+        is_prefixed = bool(extradata) and extradata[0] == 1
+        length_byte = 21 if is_hevc else 4
+        self.length_size = (extradata[length_byte] & 3) + 1 if extradata and is_prefixed else None
+        """Bytes of the length in front of each unit; None for start codes (Annex B)."""
+
+    def units(self, packet: Packet) -> Iterator[memoryview]:
+        """The units' bytes, header included; a damaged packet ends them early."""
+        data = memoryview(packet)  # type: ignore[arg-type] (a packet has a buffer)
+        if self.length_size is None:
+            yield from _annex_b_units(data)
+            return
+        at = 0
+        while at + self.length_size < len(data):
+            size = int.from_bytes(data[at : at + self.length_size], "big")
+            at += self.length_size
+            yield data[at : at + size]
+            at += size
+
+
+class ReferenceReader:
+    """Reads the packets of one stream.
+
+    Args:
+        codec: FFmpeg's name.
+        extradata: the stream's, which tells how H.264 and HEVC packets are split.
+        packets: all of the stream; HEVC's highest temporal layer is found in them.
+    """
+
+    def __init__(self, codec: str, extradata: bytes | None, packets: Sequence[Packet]) -> None:
+        self._nals = NalReader(extradata, is_hevc=codec == "hevc")
+        self._packets = packets
+        self._is_entry_point: Callable[[Packet], bool] = {
+            "h264": self._is_h264_entry_point,
+            "hevc": self._is_hevc_entry_point,
+        }.get(codec, lambda packet: codec in KEYFRAMES_ARE_ENTRY_POINTS)
+        self._is_disposable: Callable[[Packet], bool] = {
+            "h264": self._is_h264_disposable,
+            "hevc": self._is_hevc_disposable,
+        }.get(codec, lambda packet: False)
+        self._is_hidden: Callable[[Packet], bool] = _is_vp8_hidden if codec == "vp8" else lambda packet: False
+
+        self.skip: Literal["NONREF", "DEFAULT"] = "NONREF" if codec in _DISPOSABLE_BY_DECODER else "DEFAULT"
+        """What the decoder may leave out of packets that are not wanted."""
+
+    def is_entry_point(self, packet: Packet) -> bool:
+        """Whether all pictures shown after this one can be decoded from here on."""
+        return packet.is_keyframe and self._is_entry_point(packet)
+
+    def is_disposable(self, packet: Packet) -> bool:
+        """Whether no other picture refers to this one; False where the codec is not read."""
+        return self._is_disposable(packet)
+
+    def is_hidden(self, packet: Packet) -> bool:
+        """Whether the packet's picture is never shown (VP8's alternate references)."""
+        return self._is_hidden(packet)
+
+    def _is_h264_entry_point(self, packet: Packet) -> bool:
+        """An IDR picture, or one whose recovery point is itself (an open group, not a gradual refresh)."""
+        for unit in self._nals.units(packet):
+            kind = unit[0] & 31 if len(unit) else 0
+            if kind == _H264_SEI and _recovery_frames(bytes(unit[1:])) == 0:
+                return True
+            if kind in _H264_SLICES:
+                return kind == _H264_IDR
+        return False
+
+    def _is_hevc_entry_point(self, packet: Packet) -> bool:
+        slices = self._hevc_slices(packet)
+        return bool(slices) and slices[0][0] in _HEVC_RANDOM_ACCESS
+
+    def _is_h264_disposable(self, packet: Packet) -> bool:
+        slices = [unit[0] for unit in self._nals.units(packet) if len(unit) and unit[0] & 31 in _H264_SLICES]
+        return bool(slices) and not any(header & 0x60 for header in slices)
+
+    def _is_hevc_disposable(self, packet: Packet) -> bool:
+        """A non-reference picture of its temporal layer may still serve the layers above it."""
+        slices = self._hevc_slices(packet)
+        return bool(slices) and all(
+            kind in _HEVC_SUB_LAYER_NON_REFERENCE and layer == self._highest_hevc_layer
+            for kind, layer in slices
+        )
+
+    @cached_property
+    def _highest_hevc_layer(self) -> int:
+        return max((layer for packet in self._packets for _, layer in self._hevc_slices(packet)), default=0)
+
+    def _hevc_slices(self, packet: Packet) -> list[tuple[int, int]]:
+        """(unit type, temporal id plus one) of each slice."""
+        headers = [unit[:2] for unit in self._nals.units(packet) if len(unit) >= 2]
+        kinds = [(header[0] >> 1 & 63, header[1] & 7) for header in headers]
+        return [(kind, layer) for kind, layer in kinds if kind in _HEVC_SLICES]
+
+
+def _annex_b_units(data: memoryview) -> Iterator[memoryview]:
+    whole = bytes(data)
+    start = whole.find(b"\0\0\1")
+    while start >= 0:
+        following = whole.find(b"\0\0\1", start + 3)
+        yield data[start + 3 : following if following >= 0 else len(data)]
+        start = following
+
+
+def _recovery_frames(sei: bytes) -> int | None:
+    """``recovery_frame_cnt`` of an H.264 SEI unit's payloads; None when it holds no recovery point."""
+    data = sei.replace(b"\0\0\3", b"\0\0")
+    at = 0
+    while at + 2 <= len(data):
+        kind, at = _ff_coded(data, at)
+        size, at = _ff_coded(data, at)
+        if kind == _RECOVERY_POINT:
+            return _exp_golomb(data[at : at + size])
+        at += size
+    return None
+
+
+def _ff_coded(data: bytes, at: int) -> tuple[int, int]:
+    """A number in SEI's coding (255 per byte 0xFF, then the rest), and where it ends."""
+    value = 0
+    while at < len(data) and data[at] == 255:
+        value, at = value + 255, at + 1
+    return value + (data[at] if at < len(data) else 0), at + 1
+
+
+def _exp_golomb(data: bytes) -> int | None:
+    bits = "".join(f"{byte:08b}" for byte in data[:8])
+    zeros = len(bits) - len(bits.lstrip("0"))
+    code = bits[zeros : 2 * zeros + 1]
+    return int(code, 2) - 1 if len(code) == zeros + 1 else None
+
+
+def _is_vp8_hidden(packet: Packet) -> bool:
+    return packet.size > 0 and not bytes(packet)[0] & 0x10
