@@ -42,6 +42,14 @@ def hash_open_clip(file: BufferedReader, clip: Clip) -> str:
     return digest.hexdigest()
 
 
+def has_stream_table(file: BufferedReader) -> bool:
+    """Whether the file looks like mp4, mov, Matroska or WebM, whose headers describe the streams; rewinds it."""
+    file.seek(0)
+    magic = file.read(12)
+    file.seek(0)
+    return magic[:4] == _EBML or magic[4:8] in _MP4_BOXES
+
+
 def shortfall(file: BufferedReader) -> str | None:
     """Say what is missing at the end of an mp4, mov, Matroska, WebM or AVI file; None if nothing or unknown.
 

@@ -64,7 +64,12 @@ class FrameDecoder:
             ClipError: CORRUPT when a picture that was needed is damaged, RESOLUTION_CHANGE, TIMEOUT; and what making
                 it raises, where only decoding shows the frames.
         """
-        self._track.stream.codec_context.thread_type = "NONE"
+        codec = self._track.stream.codec_context
+        codec.thread_type = "NONE"
+        if codec.name == "h264":
+            codec.options = {
+                "strict": "strict"
+            }  # Reorder as far as the level allows, where the stream says nothing.
         try:
             try:
                 images, wanted = self._by_counting() if self.plan is None else self._by_plan(self.plan)

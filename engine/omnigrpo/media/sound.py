@@ -1,5 +1,6 @@
 """The waveform of an audio track, mono, resampled, and aligned with the video."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -104,14 +105,28 @@ def _format(frame: AudioFrame) -> tuple[str, str, int]:
 
 def _resampled(frames: Sequence[AudioFrame], start_seconds: float, sample_rate_hz: int) -> Stretch:
     """Resample one stretch as a whole: a call per decoded block would cost more than the resampling."""
-    decoded: list[np.ndarray] = [frame.to_ndarray() for frame in frames]
-    whole = AudioFrame.from_ndarray(
-        np.concatenate(decoded, axis=1),
-        format=frames[0].format.name,
-        layout=frames[0].layout.name,
-    )
+    whole = _joined(frames)
     whole.sample_rate = frames[0].sample_rate
     resampler = AudioResampler(format="flt", layout="mono", rate=sample_rate_hz)
     blocks = [block.to_ndarray()[0] for part in (whole, None) for block in resampler.resample(part)]
     samples = torch.from_numpy(np.concatenate(blocks)) if blocks else torch.empty(0)
     return Stretch(start_seconds=start_seconds, samples=samples)
+
+
+def _joined(frames: Sequence[AudioFrame]) -> AudioFrame:
+    """One frame of all samples.
+
+    Planar floating-point stereo is mixed here, as swresample does but before it resamples: half the work, equal to
+    3e-7.
+    """
+    kind, layout, _ = _format(frames[0])
+    if (kind, layout) == ("fltp", "stereo"):
+        left, right = (np.concatenate([_plane(frame, at) for frame in frames]) for at in (0, 1))
+        mono = (left + right) * np.float32(math.sqrt(0.5))
+        return AudioFrame.from_ndarray(mono[None], format="fltp", layout="mono")
+    decoded: list[np.ndarray] = [frame.to_ndarray() for frame in frames]
+    return AudioFrame.from_ndarray(np.concatenate(decoded, axis=1), format=kind, layout=layout)
+
+
+def _plane(frame: AudioFrame, channel: int) -> np.ndarray:
+    return np.frombuffer(memoryview(frame.planes[channel]), np.float32, frame.samples)
