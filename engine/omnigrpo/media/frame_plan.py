@@ -46,11 +46,18 @@ def plan_frames(
 
 
 def shown_stamps(track: Track[VideoStream], references: ReferenceReader) -> list[int]:
-    """Time stamps of all pictures that are shown, ascending; OutOfStepError when packets do not tell."""
+    """Time stamps of all pictures that are shown, ascending; OutOfStepError when packets do not tell.
+
+    They do not where the stream begins between two entry points, or with pictures that refer to what was cut off:
+    the decoder drops those.
+    """
     shown = [packet for packet in track.packets if not packet.is_discard]
     stamps = sorted(packet.pts for packet in shown if packet.pts is not None)
     is_told = track.has_display_times and len(set(stamps)) == len(shown)
     if not is_told or any(references.is_hidden(packet) for packet in shown):
+        raise OutOfStepError
+    first = track.packets[0]
+    if not references.can_begin(first) or any(_is_shown_before(packet, first) for packet in shown):
         raise OutOfStepError
     return stamps
 

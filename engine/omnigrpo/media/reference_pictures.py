@@ -56,6 +56,7 @@ class ReferenceReader:
     def __init__(self, codec: str, extradata: bytes | None, packets: Sequence[Packet]) -> None:
         self._nals = NalReader(extradata, is_hevc=codec == "hevc")
         self._packets = packets
+        self._is_read = codec in KEYFRAMES_ARE_ENTRY_POINTS or codec in ("h264", "hevc")
         self._is_entry_point: Callable[[Packet], bool] = {
             "h264": self._is_h264_entry_point,
             "hevc": self._is_hevc_entry_point,
@@ -72,6 +73,10 @@ class ReferenceReader:
     def is_entry_point(self, packet: Packet) -> bool:
         """Whether all pictures shown after this one can be decoded from here on."""
         return packet.is_keyframe and self._is_entry_point(packet)
+
+    def can_begin(self, packet: Packet) -> bool:
+        """Whether a stream that begins with this packet is whole; of codecs that are not read, its flag tells."""
+        return packet.is_keyframe and (not self._is_read or self._is_entry_point(packet))
 
     def is_disposable(self, packet: Packet) -> bool:
         """Whether no other picture refers to this one; False where the codec is not read."""
