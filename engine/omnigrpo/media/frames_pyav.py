@@ -105,17 +105,25 @@ class FrameDecoder:
         For AVI, raw streams, interlaced ones, and others whose packets lack time stamps, repeat them, or are not
         one picture each.
         """
-        number = sum(not packet.is_discard for packet in self._track.packets)
-        guess = self._choose(range(number), [None] * number)
-        images, stamps = self._numbered(set(guess))
-        wanted = self._choose(range(len(stamps)), stamps)
+        images, stamps = self._numbered(self._guess())
+        wanted = self._choose(stamps)
         if not set(wanted) <= images.keys():
             images, _ = self._numbered(set(wanted))
         return images, wanted
 
-    def _choose(self, ordinals: Sequence[int], stamps: Sequence[int | None]) -> list[int]:
+    def _guess(self) -> set[int]:
+        """What would be wanted if every packet were one picture."""
+        stamps = [packet.pts for packet in self._track.packets if not packet.is_discard]
+        present = sorted(stamp for stamp in stamps if stamp is not None)
+        try:
+            return set(self._choose(present if len(present) == len(stamps) else [None] * len(stamps)))
+        except ClipError:
+            return set()
+
+    def _choose(self, stamps: Sequence[int | None]) -> list[int]:
+        """Ordinals of the wanted pictures; raises as ``choose_frames``."""
         seconds = self._frame_seconds(stamps)
-        candidates = [ordinal for ordinal in ordinals if seconds[ordinal] in self._window]
+        candidates = [ordinal for ordinal, at in enumerate(seconds) if at in self._window]
         return choose_frames(candidates, self._window, self._sampling)
 
     def _numbered(self, wanted: set[int]) -> tuple[dict[int, Tensor], list[int | None]]:
