@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-import torch
 from av.error import FFmpegError
 from av.packet import Packet
 from av.video.frame import VideoFrame
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from omnigrpo.media.clip_error import ClipError, Deadline, OutOfStepError
 from omnigrpo.media.frame_plan import FramePlan, choose_frames, plan_frames
-from omnigrpo.media.picture_rgb import RgbConverter
+from omnigrpo.media.picture_rgb import RgbFrames
 from omnigrpo.media.reference_pictures import ReferenceReader
 from omnigrpo.media.sampling import SamplingConfig
 from omnigrpo.media.tracks import Track, Window
@@ -72,53 +71,53 @@ class FrameDecoder:
             }  # Reorder as far as the level allows, where the stream says nothing.
         try:
             try:
-                images, wanted = self._by_counting() if self.plan is None else self._by_plan(self.plan)
+                frames_FHWC = self._by_counting() if self.plan is None else self._by_plan(self.plan)
             except OutOfStepError:
-                images, wanted = self._by_counting()
+                frames_FHWC = self._by_counting()
         except FFmpegError as error:
             raise ClipError(
                 ClipStatus.CORRUPT, f"is corrupt: {error.strerror} while decoding video"
             ) from error
-        return Pictures(frames_FHWC=_gather(images, wanted), num_decoded=self._num_decoded, decoder="pyav")
+        return Pictures(frames_FHWC=frames_FHWC, num_decoded=self._num_decoded, decoder="pyav")
 
-    def _by_plan(self, plan: FramePlan) -> tuple[dict[int, Tensor], Sequence[int]]:
+    def _by_plan(self, plan: FramePlan) -> Tensor:
         """Decode run after run, without the pictures that neither are wanted nor serve others."""
-        wanted = set(plan.wanted)
         stamps = {packet.pts for packet in self._track.packets if not packet.is_discard}
-        convert = RgbConverter(self._sampling.colour)
-        images: dict[int, Tensor] = {}
+        frames = RgbFrames(plan.wanted, self._sampling.colour)
         for run in plan.runs:
             before = None
-            for frame in self._decode(self._track.packets[run.first : run.stop], wanted):
-                if frame.pts not in stamps or frame.interlaced_frame or not _ascends(before, frame.pts):
+            for frame in self._decode(self._track.packets[run.first : run.stop], frames):
+                pts = frame.pts
+                if pts is None or pts not in stamps or frame.interlaced_frame or not _ascends(before, pts):
                     raise OutOfStepError
-                before = frame.pts
-                if frame.pts in wanted:
-                    images[frame.pts] = convert(frame)
-        if len(images) < len(wanted):
+                before = pts
+                if pts in frames:
+                    frames.add(pts, frame)
+        if not frames.is_complete:
             raise OutOfStepError
-        return images, plan.wanted
+        return frames.tensor()
 
-    def _by_counting(self) -> tuple[dict[int, Tensor], Sequence[int]]:
+    def _by_counting(self) -> Tensor:
         """Decode every picture in order; again when there are not as many as packets.
 
         For AVI, raw streams, interlaced ones, and others whose packets lack time stamps, repeat them, or are not
         one picture each.
         """
-        images, stamps = self._numbered(self._guess())
+        guess = self._guess()
+        frames, stamps = self._numbered(guess)
         wanted = self._choose(stamps)
-        if not set(wanted) <= images.keys():
-            images, _ = self._numbered(set(wanted))
-        return images, wanted
+        if wanted != guess:
+            frames, _ = self._numbered(wanted)
+        return frames.tensor()
 
-    def _guess(self) -> set[int]:
+    def _guess(self) -> list[int]:
         """What would be wanted if every packet were one picture."""
         stamps = [packet.pts for packet in self._track.packets if not packet.is_discard]
         present = sorted(stamp for stamp in stamps if stamp is not None)
         try:
-            return set(self._choose(present if len(present) == len(stamps) else [None] * len(stamps)))
+            return self._choose(present if len(present) == len(stamps) else [None] * len(stamps))
         except ClipError:
-            return set()
+            return []
 
     def _choose(self, stamps: Sequence[int | None]) -> list[int]:
         """Ordinals of the wanted pictures; raises as ``choose_frames``."""
@@ -126,16 +125,15 @@ class FrameDecoder:
         candidates = [ordinal for ordinal, at in enumerate(seconds) if at in self._window]
         return choose_frames(candidates, self._window, self._sampling)
 
-    def _numbered(self, wanted: set[int]) -> tuple[dict[int, Tensor], list[int | None]]:
-        """Decode everything; returns the wanted images by ordinal, and the time stamps of all pictures."""
-        convert = RgbConverter(self._sampling.colour)
-        images: dict[int, Tensor] = {}
+    def _numbered(self, wanted: Sequence[int]) -> tuple[RgbFrames, list[int | None]]:
+        """Decode everything; returns the wanted frames by ordinal, and the time stamps of all pictures."""
+        frames = RgbFrames(wanted, self._sampling.colour)
         stamps: list[int | None] = []
         for ordinal, frame in enumerate(self._decode(self._track.packets, None)):
-            if ordinal in wanted:
-                images[ordinal] = convert(frame)
+            if ordinal in frames:
+                frames.add(ordinal, frame)
             stamps.append(frame.pts)
-        return images, stamps
+        return frames, stamps
 
     def _frame_seconds(self, stamps: Sequence[int | None]) -> Sequence[float | Fraction]:
         """Container time of each picture: its stamp when all ascend, else its place at a constant rate."""
@@ -146,7 +144,7 @@ class FrameDecoder:
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         return [self._window.origin_seconds + float(ordinal / rate) for ordinal in range(len(stamps))]
 
-    def _decode(self, packets: Sequence[Packet], wanted: set[int] | None) -> Iterator[VideoFrame]:
+    def _decode(self, packets: Sequence[Packet], wanted: RgbFrames | None) -> Iterator[VideoFrame]:
         """Decode from a clean decoder and check each picture; with ``wanted``, skip what no picture needs."""
         stream, size = self._track.stream, None
         codec = stream.codec_context
@@ -165,8 +163,8 @@ class FrameDecoder:
                 yield frame
 
 
-def _ascends(before: int | None, pts: int | None) -> bool:
-    return pts is not None and (before is None or before < pts)
+def _ascends(before: int | None, pts: int) -> bool:
+    return before is None or before < pts
 
 
 def _checked_size(frame: VideoFrame, before: tuple[int, int] | None) -> tuple[int, int]:
@@ -181,14 +179,3 @@ def _checked_size(frame: VideoFrame, before: tuple[int, int] | None) -> tuple[in
             f"{frame.time} s; re-encode it at one size",
         )
     return size
-
-
-def _gather(images: dict[int, Tensor], wanted: Sequence[int]) -> Tensor:
-    """The wanted images in order."""
-    sizes = {tuple(image.shape) for image in images.values()}
-    if len(sizes) > 1:
-        words = " and ".join(f"{width}x{height}" for height, width, _ in sorted(sizes))
-        raise ClipError(
-            ClipStatus.RESOLUTION_CHANGE, f"is unusable: it has frames of {words}; re-encode it at one size"
-        )
-    return torch.stack([images[at] for at in wanted])
