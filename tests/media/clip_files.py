@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 LEVELS = 16
-"""Grey levels per digit: a frame's left half holds its number modulo 16, the right half the quotient."""
+"""Grey levels per digit: a frame's left half holds its number modulo 16, the right half the quotient modulo 16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ def _picture(number: int, recipe: ClipRecipe) -> np.ndarray:
     image[: height // 4, ::2] = np.roll(image[: height // 4, ::2], way * number, axis=1)
     plates = slice(height // 4, height - height // 4)
     image[plates, : width // 2] = 20 + 14 * (number % LEVELS)
-    image[plates, width // 2 :] = 20 + 14 * (number // LEVELS)
+    image[plates, width // 2 :] = 20 + 14 * (number // LEVELS % LEVELS)
     return image
 
 

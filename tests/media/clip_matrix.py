@@ -1,6 +1,7 @@
 """The clips on which sparse decoding must equal sequential decoding, and the sequential decoder that judges."""
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -12,7 +13,7 @@ import torch
 from av.packet import Packet
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from clip_files import ClipRecipe, write_clip
-from mp4_boxes import set_edits, set_rotation, time_scales
+from mp4_boxes import add_description, set_edits, set_rotation, time_scales
 from torch import Tensor
 
 FLAGS = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
@@ -97,6 +98,121 @@ def _keep_from_second_keyframe(path: Path) -> None:
     _drop_packets(keys[1])(path)
 
 
+def _remux(path: Path, change: Callable[[Sequence[Packet]], Iterable[tuple[bytes, int, bool]]]) -> None:
+    """Write the video's packets anew: (bytes, time stamp, keyframe) for each that is kept."""
+    whole = path.rename(path.with_stem("whole"))
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        stream = source.streams.video[0]
+        out = target.add_stream_from_template(stream)
+        for data, stamp, is_keyframe in change([packet for packet in source.demux(stream) if packet.size]):
+            packet = Packet(data)
+            packet.pts = packet.dts = stamp
+            packet.time_base, packet.stream, packet.is_keyframe = stream.time_base, out, is_keyframe
+            target.mux(packet)
+    whole.unlink()
+
+
+def _hide_some_vp8(path: Path) -> None:
+    """Clear the flag of every seventh picture that says that it is shown."""
+
+    def change(packets: Sequence[Packet]) -> Iterable[tuple[bytes, int, bool]]:
+        for at, packet in enumerate(packets):
+            data = bytearray(packet)
+            data[0] &= 0xFF if at % 7 != 4 else 0xEF
+            yield bytes(data), packet.pts, packet.is_keyframe
+
+    _remux(path, change)
+
+
+def _join_vp9_keyframes(path: Path) -> None:
+    """Put each keyframe, not shown, into one packet with the picture after it."""
+
+    def change(packets: Sequence[Packet]) -> Iterable[tuple[bytes, int, bool]]:
+        hidden = b""
+        for packet in packets:
+            data = bytes(packet)
+            if packet.is_keyframe:
+                hidden = _not_shown(data)
+            elif hidden:
+                marker = bytes((0b1100_1001,))
+                index = marker + struct.pack("<2H", len(hidden), len(data)) + marker
+                yield hidden + data + index, packet.pts, True
+                hidden = b""
+            else:
+                yield data, packet.pts, False
+
+    _remux(path, change)
+
+
+def _hide_vp9_keyframes(path: Path) -> None:
+    """Do not show keyframes; changed in the file, because a muxer would join them with the next picture."""
+    with av.open(str(path)) as source:
+        keyframes = [bytes(packet) for packet in source.demux(video=0) if packet.is_keyframe]
+    content = path.read_bytes()
+    for data in keyframes:
+        content = content.replace(data, _not_shown(data))
+    path.write_bytes(content)
+
+
+def _not_shown(vp9: bytes) -> bytes:
+    """A keyframe of profile 0 without the flag that shows it."""
+    return bytes((vp9[0] & 0xFD,)) + vp9[1:]
+
+
+def _show_vp9_again(path: Path) -> None:
+    """Between two pictures show one that is kept."""
+
+    def change(packets: Sequence[Packet]) -> Iterable[tuple[bytes, int, bool]]:
+        step = packets[1].pts - packets[0].pts
+        for packet in packets:
+            yield bytes(packet), packet.pts, packet.is_keyframe
+            yield b"\x88", packet.pts + step // 2, False
+
+    _remux(path, change)
+
+
+def _break_hevc_links(path: Path) -> None:
+    """Turn clean random access pictures (21) into broken links (16)."""
+    content = path.read_bytes().replace(b"\0\0\1\x2a\1", b"\0\0\1\x20\1")
+    path.write_bytes(content)
+
+
+def _append(parameters: str, *, described: bool) -> Callable[[Path], object]:
+    """Append the same pictures, encoded otherwise; described: by a description of their own, else in their packets."""
+
+    def edit(path: Path) -> None:
+        first, second = path.rename(path.with_stem("first")), path.with_stem("second")
+        recipe = _x264(parameters, tone_hertz=None)
+        write_clip(second, recipe)
+        with av.open(str(first)) as a, av.open(str(second)) as b, av.open(str(path), "w") as target:
+            out = target.add_stream_from_template(a.streams.video[0])
+            extradata = b.streams.video[0].codec_context.extradata
+            after = 0
+            for source in (a, b):
+                packets = [packet for packet in source.demux(video=0) if packet.size]
+                for at, packet in enumerate(packets):
+                    data = bytes(packet)
+                    if source is b and at == 0 and not described:
+                        data = _parameter_units(extradata) + data
+                    new = Packet(data)
+                    new.pts, new.dts, new.time_base = packet.pts + after, packet.dts + after, packet.time_base
+                    new.is_keyframe, new.stream = packet.is_keyframe, out
+                    target.mux(new)
+                after = max(packet.pts + packet.duration for packet in packets)
+        if described:
+            add_description(path, second, 60)
+        first.unlink(), second.unlink()
+
+    return edit
+
+
+def _parameter_units(avcc: bytes) -> bytes:
+    """The parameter sets of an avcC record, each behind its length in four bytes."""
+    sps_end = 8 + int.from_bytes(avcc[6:8], "big")
+    pps_end = sps_end + 3 + int.from_bytes(avcc[sps_end + 1 : sps_end + 3], "big")
+    return b"\0\0" + avcc[6:sps_end] + b"\0\0" + avcc[sps_end + 1 : pps_end]
+
+
 def _edits(*parts: tuple[float, float | None]) -> Callable[[Path], object]:
     """An edit list of (seconds, start in seconds; None is a pause)."""
 
@@ -146,6 +262,10 @@ H264 = (
     _sparse("h264_444.mp4", _x264("keyint=20", pixel_format="yuv444p")),
     _sparse("h264_709.mp4", _x264("keyint=20", colour=(Colorspace.ITU709, ColorRange.MPEG))),
     _sparse("h264_full_range.mp4", _x264("keyint=20", pixel_format="yuvj420p")),
+    _sparse("h264_two_descriptions.mp4", _x264("keyint=15:ref=1:bframes=0", tone_hertz=None),
+            edit=_append("keyint=15:bframes=0:cabac=0:8x8dct=0", described=True), numbers=None),
+    _sparse("h264_new_parameters.mp4", _x264("keyint=15:ref=1:bframes=0", tone_hertz=None),
+            edit=_append("keyint=15:bframes=0:cabac=0:8x8dct=0", described=False), numbers=None),
     _sparse("h264_all_intra.mp4", _x264("keyint=1")),
     _full("h264_joined_late.ts", _x264("keyint=15:open-gop=1"), edit=_drop_packets(7), numbers=None),
     _full("h264_starts_open.ts", _x264("keyint=15:open-gop=1"), edit=_keep_from_second_keyframe, numbers=None),
@@ -161,17 +281,22 @@ HEVC = (
     _sparse("hevc_radl.mp4", _x265("keyint=20:open-gop=0:radl=2:bframes=3:b-adapt=0")),
     _sparse("hevc_10_bit.mp4", _x265("keyint=20", pixel_format="yuv420p10le")),
     _sparse("hevc_10_bit.mkv", _x265("keyint=250", pixel_format="yuv420p10le")),
+    _full("hevc_broken_links.ts", _x265("keyint=15:open-gop=1:b-adapt=0:bframes=3"),
+          edit=_break_hevc_links, numbers=None),
     _full("hevc_starts_open.ts", _x265("keyint=15:open-gop=1:b-adapt=0:bframes=3"),
           edit=_keep_from_second_keyframe, numbers=None),
 )  # fmt: skip
 VP_AND_AV1 = (
     _sparse("vp8.webm", _vpx("libvpx", {})),
-    _full("vp8_hidden.webm", _vpx("libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good"})),
+    _full("vp8_hidden.webm", _vpx("libvpx", {}), edit=_hide_some_vp8, numbers=None),
     _full("vp8.avi", _vpx("libvpx", {}, audio_codec="mp3", audio_rate=44_100)),
     _sparse("vp9.webm", _vpx("libvpx-vp9", {})),
-    _sparse("vp9_hidden.webm", _vpx("libvpx-vp9", {"lag-in-frames": "20", "auto-alt-ref": "1", "deadline": "good"})),
+    _sparse("vp9_hidden.webm", _vpx("libvpx-vp9", {}), edit=_join_vp9_keyframes, numbers=None),
+    _full("vp9_hidden_apart.webm", _vpx("libvpx-vp9", {}),
+          edit=_hide_vp9_keyframes, numbers=None),
+    _sparse("vp9_shown_again.webm", _vpx("libvpx-vp9", {}), edit=_show_vp9_again, numbers=None),
     _sparse("vp9.mp4", _vpx("libvpx-vp9", {})),
-    _sparse("vp9_10_bit.mkv", _vpx("libvpx-vp9", {}, pixel_format="yuv420p10le")),
+    _sparse("vp9_444.mkv", _vpx("libvpx-vp9", {"profile": "1"}, pixel_format="yuv444p")),
     _sparse("av1.mp4", _av1()),
     _sparse("av1_open_gop.webm", _av1("irefresh-type=1")),
     _sparse("av1_10_bit.mkv", _av1(pixel_format="yuv420p10le")),
@@ -225,15 +350,18 @@ def judge(path: Path, colour: str = "tag") -> Judged:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "NONE"
-        for frame in container.decode(stream):
-            rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=source, interpolation=FLAGS)
-            image = np.rot90(rgb.to_ndarray(), k=round(frame.rotation / 90))
-            images.append(torch.from_numpy(image.copy()))
-            stamps.append(frame.pts)
+        starts = []
+        for packet in container.demux(stream):
+            starts += [packet.pts] if packet.pts is not None and not packet.is_discard else []
+            for frame in packet.decode():
+              rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=source, interpolation=FLAGS)
+              image = np.rot90(rgb.to_ndarray(), k=round(frame.rotation / 90))
+              images.append(torch.from_numpy(image.copy()))
+              stamps.append(frame.pts)
         rate = stream.average_rate or Fraction(25)
         time_base = stream.time_base or Fraction(1)
     if None not in stamps and all(a < b for a, b in pairwise(stamps)):
-        seconds = [(stamp - stamps[0]) * time_base for stamp in stamps]
+        seconds = [(stamp - min(starts)) * time_base for stamp in stamps]
     else:
         seconds = [ordinal / rate for ordinal in range(len(images))]
     return Judged(images=tuple(images), seconds=tuple(seconds))

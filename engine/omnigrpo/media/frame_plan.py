@@ -84,7 +84,7 @@ def choose_frames(candidates: Sequence[int], window: Window, sampling: SamplingC
 
 def _runs(packets: Sequence[Packet], references: ReferenceReader, wanted: set[int]) -> tuple[Run, ...]:
     """For every wanted picture the packets from its entry point on; what overlaps is one run."""
-    entries = [at for at, packet in enumerate(packets) if references.is_entry_point(packet)]
+    entries = _entries(packets, references)
     spans = sorted(
         (_entry(packets, entries, at), at + 1) for at, packet in enumerate(packets) if packet.pts in wanted
     )
@@ -95,6 +95,16 @@ def _runs(packets: Sequence[Packet], references: ReferenceReader, wanted: set[in
         else:
             runs.append(Run(first=first, stop=stop))
     return tuple(runs)
+
+
+def _entries(packets: Sequence[Packet], references: ReferenceReader) -> list[int]:
+    """Where decoding may begin: once parameters have changed, only at packets that carry theirs."""
+    entries, is_changed = [], False
+    for at, packet in enumerate(packets):
+        if references.is_entry_point(packet) and (not is_changed or references.carries_parameters(packet)):
+            entries.append(at)
+        is_changed = is_changed or references.changes_parameters(packet)
+    return entries
 
 
 def _entry(packets: Sequence[Packet], entries: Sequence[int], at: int) -> int:

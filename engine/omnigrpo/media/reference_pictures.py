@@ -11,6 +11,9 @@ from av.packet import Packet
 
 _H264_IDR, _H264_SEI, _H264_SLICES = 5, 6, range(1, 6)
 _HEVC_RANDOM_ACCESS, _HEVC_SLICES, _HEVC_SUB_LAYER_NON_REFERENCE = range(16, 24), range(32), range(0, 15, 2)
+_H264_PARAMETERS, _HEVC_PARAMETERS = (7, 8), (32, 33, 34)
+_HEVC_BREAKS = (16, 17, 18, 36, 37)
+"""Broken links and ends of sequences: pictures stored after them may never be shown."""
 _RECOVERY_POINT = 6
 
 KEYFRAMES_ARE_ENTRY_POINTS = frozenset(("vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"))
@@ -25,23 +28,23 @@ class NalReader:
     """Splits packets of one H.264 or HEVC stream into NAL units."""
 
     def __init__(self, extradata: bytes | None, *, is_hevc: bool) -> None:
-        is_prefixed = bool(extradata) and extradata[0] == 1
         length_byte = 21 if is_hevc else 4
+        is_prefixed = extradata is not None and len(extradata) > length_byte and extradata[0] == 1
         self.length_size = (extradata[length_byte] & 3) + 1 if extradata and is_prefixed else None
         """Bytes of the length in front of each unit; None for start codes (Annex B)."""
+        self._units: dict[int, list[memoryview]] = {}
 
-    def units(self, packet: Packet) -> Iterator[memoryview]:
-        """The units' bytes, header included; a damaged packet ends them early."""
-        data = memoryview(packet)  # type: ignore[arg-type] (a packet has a buffer)
-        if self.length_size is None:
-            yield from _annex_b_units(data)
-            return
-        at = 0
-        while at + self.length_size < len(data):
-            size = int.from_bytes(data[at : at + self.length_size], "big")
-            at += self.length_size
-            yield data[at : at + size]
-            at += size
+    def units(self, packet: Packet) -> list[memoryview]:
+        """The units' bytes, header included and none empty; a damaged packet ends them early.
+
+        Kept, so that each packet is split once: packets must outlive the reader.
+        """
+        known = self._units.get(id(packet))
+        if known is None:
+            data = memoryview(packet)  # type: ignore[arg-type] (a packet has a buffer)
+            split = _annex_b_units(data) if self.length_size is None else _prefixed_units(data, self.length_size)
+            known = self._units[id(packet)] = [unit for unit in split if len(unit)]
+        return known
 
 
 class ReferenceReader:
@@ -55,6 +58,7 @@ class ReferenceReader:
 
     def __init__(self, codec: str, extradata: bytes | None, packets: Sequence[Packet]) -> None:
         self._nals = NalReader(extradata, is_hevc=codec == "hevc")
+        self._extradata = extradata or b""
         self._packets = packets
         self._is_read = codec in KEYFRAMES_ARE_ENTRY_POINTS or codec in ("h264", "hevc")
         self._is_entry_point: Callable[[Packet], bool] = {
@@ -65,7 +69,15 @@ class ReferenceReader:
             "h264": self._is_h264_disposable,
             "hevc": self._is_hevc_disposable,
         }.get(codec, lambda packet: False)
-        self._is_hidden: Callable[[Packet], bool] = _is_vp8_hidden if codec == "vp8" else lambda packet: False
+        self._is_hidden: Callable[[Packet], bool] = {
+            "hevc": self._may_hide_hevc,
+            "vp8": _is_vp8_hidden,
+            "vp9": _is_vp9_hidden,
+        }.get(codec, lambda packet: False)
+        self._parameter_sets: Callable[[Packet], list[bytes]] = {
+            "h264": self._h264_parameter_sets,
+            "hevc": self._hevc_parameter_sets,
+        }.get(codec, lambda packet: [])
 
         self.skip: Literal["NONREF", "DEFAULT"] = "NONREF" if codec in _DISPOSABLE_BY_DECODER else "DEFAULT"
         """What the decoder may leave out of packets that are not wanted."""
@@ -83,13 +95,23 @@ class ReferenceReader:
         return self._is_disposable(packet)
 
     def is_hidden(self, packet: Packet) -> bool:
-        """Whether the packet's picture is never shown (VP8's alternate references)."""
+        """Whether the packet's picture is never shown (VP8's and VP9's alternate references), or keeps others from it."""
         return self._is_hidden(packet)
+
+    def carries_parameters(self, packet: Packet) -> bool:
+        """Whether the packet brings the parameters of its pictures with it."""
+        return packet.has_sidedata("new_extradata") or bool(self._parameter_sets(packet))
+
+    def changes_parameters(self, packet: Packet) -> bool:
+        """Whether parameters other than the stream's own are in force from this packet on."""
+        return packet.has_sidedata("new_extradata") or any(
+            unit not in self._extradata for unit in self._parameter_sets(packet)
+        )
 
     def _is_h264_entry_point(self, packet: Packet) -> bool:
         """An IDR picture, or one whose recovery point is itself (an open group, not a gradual refresh)."""
         for unit in self._nals.units(packet):
-            kind = unit[0] & 31 if len(unit) else 0
+            kind = unit[0] & 31
             if kind == _H264_SEI and _recovery_frames(bytes(unit[1:])) == 0:
                 return True
             if kind in _H264_SLICES:
@@ -101,7 +123,7 @@ class ReferenceReader:
         return bool(slices) and slices[0][0] in _HEVC_RANDOM_ACCESS
 
     def _is_h264_disposable(self, packet: Packet) -> bool:
-        slices = [unit[0] for unit in self._nals.units(packet) if len(unit) and unit[0] & 31 in _H264_SLICES]
+        slices = [unit[0] for unit in self._nals.units(packet) if unit[0] & 31 in _H264_SLICES]
         return bool(slices) and not any(header & 0x60 for header in slices)
 
     def _is_hevc_disposable(self, packet: Packet) -> bool:
@@ -112,6 +134,31 @@ class ReferenceReader:
             for kind, layer in slices
         )
 
+    def _h264_parameter_sets(self, packet: Packet) -> list[bytes]:
+        sets = []
+        for unit in self._nals.units(packet):
+            kind = unit[0] & 31
+            if kind in _H264_SLICES:
+                break
+            if kind in _H264_PARAMETERS:
+                sets.append(bytes(unit).rstrip(b"\0"))
+        return sets
+
+    def _hevc_parameter_sets(self, packet: Packet) -> list[bytes]:
+        sets = []
+        for unit in self._nals.units(packet):
+            kind = unit[0] >> 1 & 63
+            if kind in _HEVC_SLICES:
+                break
+            if kind in _HEVC_PARAMETERS:
+                sets.append(bytes(unit).rstrip(b"\0"))
+        return sets
+
+    def _may_hide_hevc(self, packet: Packet) -> bool:
+        """A break is harmless in the last packet, and before the first one."""
+        kinds = {unit[0] >> 1 & 63 for unit in self._nals.units(packet)}
+        return not kinds.isdisjoint(_HEVC_BREAKS) and packet not in (self._packets[0], self._packets[-1])
+
     @cached_property
     def _highest_hevc_layer(self) -> int:
         return max((layer for packet in self._packets for _, layer in self._hevc_slices(packet)), default=0)
@@ -121,6 +168,15 @@ class ReferenceReader:
         headers = [unit[:2] for unit in self._nals.units(packet) if len(unit) >= 2]
         kinds = [(header[0] >> 1 & 63, header[1] & 7) for header in headers]
         return [(kind, layer) for kind, layer in kinds if kind in _HEVC_SLICES]
+
+
+def _prefixed_units(data: memoryview, length_size: int) -> Iterator[memoryview]:
+    at = 0
+    while at + length_size < len(data):
+        size = int.from_bytes(data[at : at + length_size], "big")
+        at += length_size
+        yield data[at : at + size]
+        at += size
 
 
 def _annex_b_units(data: memoryview) -> Iterator[memoryview]:
@@ -158,6 +214,24 @@ def _exp_golomb(data: bytes) -> int | None:
     zeros = len(bits) - len(bits.lstrip("0"))
     code = bits[zeros : 2 * zeros + 1]
     return int(code, 2) - 1 if len(code) == zeros + 1 else None
+
+
+def _is_vp9_hidden(packet: Packet) -> bool:
+    """Whether no frame of the packet is shown; a superframe ends in an index of its frames' sizes (annex B)."""
+    data = bytes(packet)
+    marker, starts = data[-1], [0]
+    if marker & 0xE0 == 0xC0:
+        width, number = (marker >> 3 & 3) + 1, (marker & 7) + 1
+        index = data[-(1 + width * number) : -1]
+        sizes = [int.from_bytes(index[at : at + width], "little") for at in range(0, len(index), width)]
+        starts = [sum(sizes[:at]) for at in range(number)]
+    return not any(start < len(data) and _shows_vp9(data[start]) for start in starts)
+
+
+def _shows_vp9(header: int) -> bool:
+    """``show_existing_frame`` or ``show_frame``; profile 3 has one more bit before them."""
+    shift = 0 if header & 0x30 == 0x30 else 1
+    return bool(header >> shift & 0b101)
 
 
 def _is_vp8_hidden(packet: Packet) -> bool:
