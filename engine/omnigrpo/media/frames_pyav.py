@@ -44,7 +44,7 @@ class FrameDecoder:
         stream = track.stream
         self._track, self._window, self._sampling, self._deadline = track, window, sampling, deadline
         self._references = ReferenceReader(
-            stream.codec_context.name, stream.codec_context.extradata, track.packets
+            stream.codec_context.codec.canonical_name, stream.codec_context.extradata, track.packets
         )
         self._num_decoded = 0
         self.plan = self._make_plan()
@@ -64,7 +64,7 @@ class FrameDecoder:
                 it raises, where only decoding shows the frames.
         """
         codec = self._track.stream.codec_context
-        codec.thread_type = "NONE"
+        codec.thread_type, codec.thread_count = "NONE", 1
         if codec.name == "h264":
             codec.options = {
                 "strict": "strict"

@@ -1,6 +1,7 @@
 """What a video packet says about references: where decoding may begin, and which pictures no other one needs.
 
-Bitstream syntax: H.264 (ITU-T H.264, 7.3.1 and D.1.8), HEVC (ITU-T H.265, 7.3.1.2 and D.2.8), VP8 (RFC 6386, 9.1).
+Bitstream syntax: H.264 (ITU-T H.264, 7.3.1 and D.1.8), HEVC (ITU-T H.265, 7.3.1.2 and D.2.8), VP8 (RFC 6386, 9.1),
+VP9 (bitstream specification 0.7, 6.2 and annex B), AV1 (bitstream specification 1.0, 5.3 and 5.9.2).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ _HEVC_RANDOM_ACCESS, _HEVC_SLICES, _HEVC_SUB_LAYER_NON_REFERENCE = range(16, 24)
 _H264_PARAMETERS, _HEVC_PARAMETERS = (7, 8), (32, 33, 34)
 _HEVC_BREAKS = (16, 17, 18, 36, 37)
 """Broken links and ends of sequences: pictures stored after them may never be shown."""
+_AV1_FRAMES, _AV1_SHOWN_KEYFRAME = (3, 6), 0x10
 _RECOVERY_POINT = 6
 
 KEYFRAMES_ARE_ENTRY_POINTS = frozenset(("vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"))
@@ -64,6 +66,7 @@ class ReferenceReader:
         self._is_entry_point: Callable[[Packet], bool] = {
             "h264": self._is_h264_entry_point,
             "hevc": self._is_hevc_entry_point,
+            "av1": _is_av1_entry_point,
         }.get(codec, lambda packet: codec in KEYFRAMES_ARE_ENTRY_POINTS)
         self._is_disposable: Callable[[Packet], bool] = {
             "h264": self._is_h264_disposable,
@@ -214,6 +217,29 @@ def _exp_golomb(data: bytes) -> int | None:
     zeros = len(bits) - len(bits.lstrip("0"))
     code = bits[zeros : 2 * zeros + 1]
     return int(code, 2) - 1 if len(code) == zeros + 1 else None
+
+
+def _is_av1_entry_point(packet: Packet) -> bool:
+    """A keyframe that is shown at once; one that is shown later does not end what pictures before it may refer to."""
+    data, at = bytes(packet), 0
+    while at < len(data):
+        header = data[at]
+        at += 2 if header & 4 else 1
+        size, at = _leb128(data, at) if header & 2 else (len(data) - at, at)
+        if header >> 3 & 15 in _AV1_FRAMES and at < len(data):
+            return data[at] & 0xF0 == _AV1_SHOWN_KEYFRAME
+        at += size
+    return False
+
+
+def _leb128(data: bytes, at: int) -> tuple[int, int]:
+    """A number in AV1's coding (seven bits per byte, the lowest first), and where it ends."""
+    value = 0
+    for place, byte in enumerate(data[at : at + 8]):
+        value |= (byte & 127) << 7 * place
+        if byte < 128:
+            return value, at + place + 1
+    return value, len(data)
 
 
 def _is_vp9_hidden(packet: Packet) -> bool:
