@@ -24,6 +24,8 @@ StreamT = TypeVar("StreamT", VideoStream, AudioStream)
 _IO_BUFFER_BYTES = 1 << 18
 _WITHOUT_DISPLAY_TIMES = frozenset(("avi", "h264", "hevc", "m4v", "mpegvideo", "obu", "mjpeg"))
 """FFmpeg's names of formats whose time stamps it makes up."""
+_ALONE = {"protocol_whitelist": "none"}
+"""A list or a session description that looks like a clip may open no other file, and no socket."""
 _HEADERS_ONLY = {"skip_frame": "all", "probesize": "32", "fpsprobesize": "0"}
 """Opens a file without decoding its first pictures to learn what its headers say: 1 ms instead of 19 for 720p."""
 _BEYOND_WINDOW_SECONDS = 10.0
@@ -93,7 +95,7 @@ def open_tracks(file: BufferedReader, clip: Clip, deadline: Deadline) -> Iterato
         container = av.open(
             file,
             mode="r",
-            options=_HEADERS_ONLY if has_stream_table(file) else {},
+            options=_ALONE | (_HEADERS_ONLY if has_stream_table(file) else {}),
             buffer_size=_IO_BUFFER_BYTES,
             metadata_errors="replace",
             timeout=(seconds, seconds),
