@@ -177,8 +177,14 @@ def _break_hevc_links(path: Path) -> None:
     path.write_bytes(content)
 
 
-def _append(parameters: str, *, described: bool) -> Callable[[Path], object]:
-    """Append the same pictures, encoded otherwise; described: by a description of their own, else in their packets."""
+def append(parameters: str, *, is_described: bool, num_lost: int = 0) -> Callable[[Path], object]:
+    """Append the same pictures, encoded with other H.264 parameters.
+
+    Args:
+        parameters: x264's.
+        is_described: the parameters lie in a description of their own, else in the first packet.
+        num_lost: packets that are left out at the beginning.
+    """
 
     def edit(path: Path) -> None:
         first, second = path.rename(path.with_stem("first")), path.with_stem("second")
@@ -190,17 +196,18 @@ def _append(parameters: str, *, described: bool) -> Callable[[Path], object]:
             after = 0
             for source in (a, b):
                 packets = [packet for packet in source.demux(video=0) if packet.size]
+                packets = packets[num_lost if source is a else 0 :]
                 for at, packet in enumerate(packets):
                     data = bytes(packet)
-                    if source is b and at == 0 and not described:
+                    if source is b and at == 0 and not is_described:
                         data = _parameter_units(extradata) + data
                     new = Packet(data)
                     new.pts, new.dts, new.time_base = packet.pts + after, packet.dts + after, packet.time_base
                     new.is_keyframe, new.stream = packet.is_keyframe, out
                     target.mux(new)
                 after = max(packet.pts + packet.duration for packet in packets)
-        if described:
-            add_description(path, second, 60)
+        if is_described:
+            add_description(path, second, 60 - num_lost)
         first.unlink(), second.unlink()
 
     return edit
@@ -263,9 +270,9 @@ H264 = (
     _sparse("h264_709.mp4", _x264("keyint=20", colour=(Colorspace.ITU709, ColorRange.MPEG))),
     _sparse("h264_full_range.mp4", _x264("keyint=20", pixel_format="yuvj420p")),
     _sparse("h264_two_descriptions.mp4", _x264("keyint=15:ref=1:bframes=0", tone_hertz=None),
-            edit=_append("keyint=15:bframes=0:cabac=0:8x8dct=0", described=True), numbers=None),
+            edit=append("keyint=15:bframes=0:cabac=0:8x8dct=0", is_described=True), numbers=None),
     _sparse("h264_new_parameters.mp4", _x264("keyint=15:ref=1:bframes=0", tone_hertz=None),
-            edit=_append("keyint=15:bframes=0:cabac=0:8x8dct=0", described=False), numbers=None),
+            edit=append("keyint=15:bframes=0:cabac=0:8x8dct=0", is_described=False), numbers=None),
     _sparse("h264_all_intra.mp4", _x264("keyint=1")),
     _full("h264_joined_late.ts", _x264("keyint=15:open-gop=1"), edit=_drop_packets(7), numbers=None),
     _full("h264_starts_open.ts", _x264("keyint=15:open-gop=1"), edit=_keep_from_second_keyframe, numbers=None),

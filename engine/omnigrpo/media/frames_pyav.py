@@ -47,6 +47,8 @@ class FrameDecoder:
             stream.codec_context.codec.canonical_name, stream.codec_context.extradata, track.packets
         )
         self._num_decoded = 0
+        self._is_described_anew = False
+        """Whether the decoder has met another description than the stream's first; flushing does not bring that back."""
         self.plan = self._make_plan()
         """None when the packets do not tell which pictures there are: then they must be counted."""
 
@@ -149,8 +151,16 @@ class FrameDecoder:
         stream, size = self._track.stream, None
         codec = stream.codec_context
         codec.flush_buffers()
+        if self._is_described_anew and not self._references.carries_parameters(packets[0]):
+            raise ClipError(
+                ClipStatus.UNSUPPORTED_CODEC,
+                "cannot be used: its packets are not one picture each, and its codec's description changes on the "
+                "way; re-encode it",
+            )
         for packet in (*packets, None):
             self._deadline.check()
+            if packet is not None and packet.has_sidedata("new_extradata"):
+                self._is_described_anew = True
             if packet is not None and wanted is not None and packet.pts not in wanted:
                 if self._references.is_disposable(packet):
                     continue
