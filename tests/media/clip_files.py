@@ -57,9 +57,7 @@ def write_clip(path: Path, recipe: ClipRecipe) -> Path:
             assert isinstance(audio, AudioStream)
         if video is not None:
             for number in range(recipe.num_frames):
-                frame = av.VideoFrame.from_ndarray(
-                    _picture(number, recipe), format="rgb24"
-                )
+                frame = av.VideoFrame.from_ndarray(_picture(number, recipe), format="rgb24")
                 if recipe.stamps is not None:
                     frame.pts, frame.time_base = recipe.stamps[number], Fraction(1, 1000)
                 container.mux(video.encode(frame))

@@ -52,7 +52,9 @@ def time_scales(path: Path) -> tuple[int, int]:
     """Units per second of the movie and of the first track."""
     content = path.read_bytes()
     movie, media = content.index(b"mvhd") + 16, content.index(b"mdhd") + 16
-    return int.from_bytes(content[movie : movie + 4], "big"), int.from_bytes(content[media : media + 4], "big")
+    return int.from_bytes(content[movie : movie + 4], "big"), int.from_bytes(
+        content[media : media + 4], "big"
+    )
 
 
 def _box(kind: bytes, body: bytes) -> bytes:
