@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
+from av.audio.stream import AudioStream
+from av.video.stream import VideoStream
 from torch import Tensor
 
 from omnigrpo.media.clip_error import ClipError, Deadline
@@ -18,7 +20,7 @@ from omnigrpo.media.container_check import hash_open_clip
 from omnigrpo.media.frames_pyav import FrameDecoder, Pictures
 from omnigrpo.media.sampling import SamplingConfig
 from omnigrpo.media.sound import decode_waveform
-from omnigrpo.media.tracks import open_tracks
+from omnigrpo.media.tracks import Track, open_tracks
 from omnigrpo.schema import Clip, ClipStatus, DecodedClip, Modality
 
 
@@ -45,12 +47,23 @@ def open_clip(
             if "video" in wanted:
                 if tracks.video is None or not tracks.video.packets:
                     raise ClipError(ClipStatus.NO_VIDEO, "has no video stream, but its prompt asks for video")
+                _check_codec(tracks.video)
                 frames = FrameDecoder(tracks.video, tracks.window, sampling, deadline)
             if "audio" in wanted:
                 if tracks.audio is None or not tracks.audio.packets:
                     raise ClipError(ClipStatus.NO_AUDIO, "has no audio stream, but its prompt asks for audio")
+                _check_codec(tracks.audio)
                 waveform = decode_waveform(tracks.audio, tracks.window, sampling.sample_rate_hz, deadline)
             yield OpenedClip(content_hash=digest, waveform=waveform, frames=frames)
+
+
+def _check_codec(track: Track[VideoStream] | Track[AudioStream]) -> None:
+    """Raise ClipError when FFmpeg has no decoder for the track: PyAV then gives no context, whatever its types say."""
+    if not track.stream.codec_context:
+        raise ClipError(
+            ClipStatus.UNSUPPORTED_CODEC,
+            f"has {track.stream.type} of a codec without a decoder; re-encode it, as H.264 and AAC for example",
+        )
 
 
 def decode_clip(
