@@ -16,7 +16,7 @@ from omnigrpo.media.frame_plan import FramePlan, choose_frames, plan_frames
 from omnigrpo.media.picture_rgb import RgbFrames
 from omnigrpo.media.reference_pictures import ReferenceReader
 from omnigrpo.media.sampling import SamplingConfig
-from omnigrpo.media.tracks import Track, Window
+from omnigrpo.media.tracks import MAX_PIXELS, Track, Window
 from omnigrpo.schema import ClipStatus, DecoderName
 
 
@@ -62,24 +62,22 @@ class FrameDecoder:
         """Return ``sampling.num_frames`` frames, turned upright as the file's rotation says.
 
         Raises:
-            ClipError: CORRUPT when a picture that was needed is damaged, RESOLUTION_CHANGE, TIMEOUT; and what making
-                it raises, where only decoding shows the frames.
+            ClipError: CORRUPT when a picture that was needed is damaged, UNSUPPORTED_CODEC when it is too large,
+                RESOLUTION_CHANGE, TIMEOUT; and what making it raises, where only decoding shows the frames.
         """
         codec = self._track.stream.codec_context
         codec.thread_type, codec.thread_count = "NONE", 1
+        width, height = codec.width, codec.height
+        codec.options = {"max_pixels": str(MAX_PIXELS)}
         if codec.name == "h264":
-            codec.options = {
-                "strict": "strict"
-            }  # Reorder as far as the level allows, where the stream says nothing.
+            codec.options |= {"strict": "strict"}  # Reorder as far as the level allows, where the stream says nothing.
         try:
             try:
                 frames_FHWC = self._by_counting() if self.plan is None else self._by_plan(self.plan)
             except OutOfStepError:
                 frames_FHWC = self._by_counting()
         except FFmpegError as error:
-            raise ClipError(
-                ClipStatus.CORRUPT, f"is corrupt: {error.strerror} while decoding video"
-            ) from error
+            raise _undecodable(error, width, height) from error
         return Pictures(frames_FHWC=frames_FHWC, num_decoded=self._num_decoded, decoder="pyav")
 
     def _by_plan(self, plan: FramePlan) -> Tensor:
@@ -171,6 +169,16 @@ class FrameDecoder:
                 self._num_decoded += 1
                 size = _checked_size(frame, size)
                 yield frame
+
+
+def _undecodable(error: FFmpegError, width: int, height: int) -> ClipError:
+    """Why pictures of the size that the file's header gives are not there."""
+    if width * height > MAX_PIXELS:
+        return ClipError(
+            ClipStatus.UNSUPPORTED_CODEC,
+            f"has pictures of {width}x{height}, at most {MAX_PIXELS} pixels can be used; scale it down",
+        )
+    return ClipError(ClipStatus.CORRUPT, f"is corrupt: {error.strerror} while decoding video")
 
 
 def _ascends(before: int | None, pts: int) -> bool:

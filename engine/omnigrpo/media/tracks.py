@@ -24,10 +24,14 @@ StreamT = TypeVar("StreamT", VideoStream, AudioStream)
 _IO_BUFFER_BYTES = 1 << 18
 _WITHOUT_DISPLAY_TIMES = frozenset(("avi", "h264", "hevc", "m4v", "mpegvideo", "obu", "mjpeg"))
 """FFmpeg's names of formats whose time stamps it makes up."""
+MAX_PIXELS = 1 << 26
+"""Largest picture that is decoded, 8192 x 8192: a damaged header may claim sizes that no memory holds."""
 _ALONE = {"protocol_whitelist": "none"}
 """A list or a session description that looks like a clip may open no other file, and no socket."""
 _HEADERS_ONLY = {"skip_frame": "all", "probesize": "32", "fpsprobesize": "0"}
 """Opens a file without decoding its first pictures to learn what its headers say: 1 ms instead of 19 for 720p."""
+_WITH_PICTURES = {"max_pixels": str(MAX_PIXELS)}
+"""Opens a file whose headers do not tell, by decoding its first pictures."""
 _BEYOND_WINDOW_SECONDS = 10.0
 """How far behind the end of a window packets are still read: those that are decoded late are stored early."""
 
@@ -95,7 +99,7 @@ def open_tracks(file: BufferedReader, clip: Clip, deadline: Deadline) -> Iterato
         container = av.open(
             file,
             mode="r",
-            options=_ALONE | (_HEADERS_ONLY if has_stream_table(file) else {}),
+            options=_ALONE | (_HEADERS_ONLY if has_stream_table(file) else _WITH_PICTURES),
             buffer_size=_IO_BUFFER_BYTES,
             metadata_errors="replace",
             timeout=(seconds, seconds),
