@@ -5,8 +5,11 @@ import os
 import struct
 from io import BufferedReader
 
+from omnigrpo.media.clip_error import Deadline
 from omnigrpo.schema import Clip
 
+_HASHED_BYTES = 1 << 18
+"""What is hashed between two looks at the clock."""
 _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = b"\x18\x53\x80\x67"
 _MP4_BOXES = frozenset(
@@ -33,10 +36,14 @@ def content_hash(clip: Clip) -> str:
         return hash_open_clip(file, clip)
 
 
-def hash_open_clip(file: BufferedReader, clip: Clip) -> str:
-    """Return ``content_hash`` of a clip whose file is already open, and rewind it."""
+def hash_open_clip(file: BufferedReader, clip: Clip, deadline: Deadline | None = None) -> str:
+    """Return ``content_hash`` of a clip whose file is already open, and rewind it; ClipError when it takes too long."""
     file.seek(0)
-    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20))
+    digest, buffer = hashlib.blake2b(digest_size=20), memoryview(bytearray(_HASHED_BYTES))
+    while size := file.readinto(buffer):
+        digest.update(buffer[:size])
+        if deadline is not None:
+            deadline.check()
     digest.update(f"|{clip.start_seconds!r}|{clip.end_seconds!r}".encode())
     file.seek(0)
     return digest.hexdigest()

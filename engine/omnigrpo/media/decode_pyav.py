@@ -41,7 +41,7 @@ def open_clip(
 ) -> Iterator[OpenedClip]:
     """Demux a clip, decode its sound, and make its pictures ready; raises ClipError."""
     with _open_file(clip.path) as file:
-        digest = hash_open_clip(file, clip)
+        digest = hash_open_clip(file, clip, deadline)
         with open_tracks(file, clip, deadline) as tracks:
             frames, waveform = None, None
             if "video" in wanted:
