@@ -6,12 +6,11 @@ import struct
 from io import BufferedReader
 
 from omnigrpo.media.clip_error import Deadline
+from omnigrpo.media.matroska_elements import EBML, find_misfit, find_segment
 from omnigrpo.schema import Clip
 
 _HASHED_BYTES = 1 << 18
 """What is hashed between two looks at the clock."""
-_EBML = b"\x1a\x45\xdf\xa3"
-_SEGMENT = b"\x18\x53\x80\x67"
 _MP4_BOXES = frozenset(
     (
         b"ftyp",
@@ -54,7 +53,7 @@ def has_stream_table(file: BufferedReader) -> bool:
     file.seek(0)
     magic = file.read(12)
     file.seek(0)
-    return magic[:4] == _EBML or magic[4:8] in _MP4_BOXES
+    return magic[:4] == EBML or magic[4:8] in _MP4_BOXES
 
 
 def shortfall(file: BufferedReader) -> str | None:
@@ -70,9 +69,25 @@ def shortfall(file: BufferedReader) -> str | None:
         if magic[:4] == b"RIFF":
             size = int.from_bytes(magic[4:8], "little")
             return None if size in (0, 0xFFFFFFFF) else _missing_end("RIFF chunk", 8 + size, num_bytes)
-        if magic[:4] == _EBML:
-            return _matroska_shortfall(file, num_bytes)
+        if magic[:4] == EBML:
+            segment = find_segment(file)
+            return None if segment is None else _missing_end("segment", segment.stop, num_bytes)
         return _mp4_shortfall(file, num_bytes)
+    finally:
+        file.seek(0)
+
+
+def hole(file: BufferedReader) -> str | None:
+    """Say where the elements of a Matroska or WebM file do not follow each other; None if nowhere or unknown.
+
+    FFmpeg goes on behind such a hole without a word, and not every codec can tell that pictures are missing. The
+    file is rewound.
+    """
+    file.seek(0)
+    try:
+        segment = find_segment(file) if file.read(len(EBML)) == EBML else None
+        at = None if segment is None else find_misfit(file, segment)
+        return None if at is None else f"byte {at} lies in no element of its Matroska segment"
     finally:
         file.seek(0)
 
@@ -98,26 +113,3 @@ def _mp4_shortfall(file: BufferedReader, num_bytes: int) -> str | None:
     if kinds and position <= num_bytes and kinds.isdisjoint((b"moov", b"moof")):
         return "it has no moov box, the index of an mp4"
     return _missing_end(f"{kind.decode()} box", position, num_bytes)
-
-
-def _matroska_shortfall(file: BufferedReader, num_bytes: int) -> str | None:
-    """Compare the segment's size with the file's; a live recording declares none."""
-    file.seek(len(_EBML))
-    header_size = _read_ebml_size(file)
-    if header_size is None:
-        return None
-    file.seek(header_size, os.SEEK_CUR)
-    if file.read(len(_SEGMENT)) != _SEGMENT:
-        return None
-    segment_size = _read_ebml_size(file)
-    return None if segment_size is None else _missing_end("segment", file.tell() + segment_size, num_bytes)
-
-
-def _read_ebml_size(file: BufferedReader) -> int | None:
-    """Read a variable-length integer: leading zero bits tell its length; None if cut or all ones."""
-    first = file.read(1)
-    if not first or first[0] == 0:
-        return None
-    num_more = 8 - first[0].bit_length()
-    value = int.from_bytes(bytes([first[0] ^ (0x80 >> num_more)]) + file.read(num_more), "big")
-    return None if value == (1 << 7 * (num_more + 1)) - 1 else value

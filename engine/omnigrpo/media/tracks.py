@@ -16,7 +16,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from omnigrpo.media.clip_error import ClipError, Deadline
-from omnigrpo.media.container_check import has_stream_table, shortfall
+from omnigrpo.media.container_check import has_stream_table, hole, shortfall
 from omnigrpo.schema import Clip, ClipStatus
 
 StreamT = TypeVar("StreamT", VideoStream, AudioStream)
@@ -94,6 +94,7 @@ def open_tracks(file: BufferedReader, clip: Clip, deadline: Deadline) -> Iterato
         ClipError: UNREADABLE when it is not media, TRUNCATED or CORRUPT when part of it is missing, TIMEOUT.
     """
     missing = shortfall(file)
+    misfit = hole(file) if missing is None else None
     seconds = deadline.timeout_seconds
     try:
         container = av.open(
@@ -114,6 +115,8 @@ def open_tracks(file: BufferedReader, clip: Clip, deadline: Deadline) -> Iterato
         video, audio, failure = _demux(container, clip, deadline)
         if missing is not None or failure is not None:
             raise _incomplete(video or audio, missing, failure)
+        if misfit is not None:
+            raise ClipError(ClipStatus.CORRUPT, f"is corrupt: {misfit}")
         yield Tracks(video=video, audio=audio, window=_window(clip, video, audio))
 
 
