@@ -126,7 +126,10 @@ def _open_file(path: Path) -> Iterator[BufferedReader]:
     with os.fdopen(handle, "rb") as file:
         if status.st_size == 0:
             raise ClipError(ClipStatus.UNREADABLE, "is empty (zero bytes)")
-        yield file
+        try:
+            yield file
+        except OSError as error:  # Of the file itself, or of a demuxer that wants to go where there is none.
+            raise ClipError(ClipStatus.UNREADABLE, f"cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: OSError | ValueError) -> str:
