@@ -4,7 +4,7 @@ Bitstream syntax: H.264 (ITU-T H.264, 7.3.1 and D.1.8), HEVC (ITU-T H.265, 7.3.1
 VP9 (bitstream specification 0.7, 6.2 and annex B), AV1 (bitstream specification 1.0, 5.3 and 5.9.2).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -62,44 +62,50 @@ class ReferenceReader:
         self._nals = NalReader(extradata, is_hevc=codec == "hevc")
         self._extradata = extradata or b""
         self._packets = packets
-        self._is_read = codec in KEYFRAMES_ARE_ENTRY_POINTS or codec in ("h264", "hevc")
-        self._is_entry_point: Callable[[Packet], bool] = {
-            "h264": self._is_h264_entry_point,
-            "hevc": self._is_hevc_entry_point,
-            "av1": _is_av1_entry_point,
-        }.get(codec, lambda packet: codec in KEYFRAMES_ARE_ENTRY_POINTS)
-        self._is_disposable: Callable[[Packet], bool] = {
-            "h264": self._is_h264_disposable,
-            "hevc": self._is_hevc_disposable,
-        }.get(codec, lambda packet: False)
-        self._is_hidden: Callable[[Packet], bool] = {
-            "hevc": self._may_hide_hevc,
-            "vp8": _is_vp8_hidden,
-            "vp9": _is_vp9_hidden,
-        }.get(codec, lambda packet: False)
-        self._parameter_sets: Callable[[Packet], list[bytes]] = {
-            "h264": self._h264_parameter_sets,
-            "hevc": self._hevc_parameter_sets,
-        }.get(codec, lambda packet: [])
-
+        self._codec = codec  # And no bound methods: in a circle with them, the packets would outlive their clip.
         self.skip: Literal["NONREF", "DEFAULT"] = "NONREF" if codec in _DISPOSABLE_BY_DECODER else "DEFAULT"
         """What the decoder may leave out of packets that are not wanted."""
 
     def is_entry_point(self, packet: Packet) -> bool:
         """Whether all pictures shown after this one can be decoded from here on."""
-        return packet.is_keyframe and self._is_entry_point(packet)
+        if not packet.is_keyframe:
+            return False
+        match self._codec:
+            case "h264":
+                return self._is_h264_entry_point(packet)
+            case "hevc":
+                return self._is_hevc_entry_point(packet)
+            case "av1":
+                return _is_av1_entry_point(packet)
+            case codec:
+                return codec in KEYFRAMES_ARE_ENTRY_POINTS
 
     def can_begin(self, packet: Packet) -> bool:
         """Whether a stream that begins with this packet is whole; of codecs that are not read, its flag tells."""
-        return packet.is_keyframe and (not self._is_read or self._is_entry_point(packet))
+        is_read = self._codec in KEYFRAMES_ARE_ENTRY_POINTS or self._codec in ("h264", "hevc")
+        return self.is_entry_point(packet) if is_read else packet.is_keyframe
 
     def is_disposable(self, packet: Packet) -> bool:
         """Whether no other picture refers to this one; False where the codec is not read."""
-        return self._is_disposable(packet)
+        match self._codec:
+            case "h264":
+                return self._is_h264_disposable(packet)
+            case "hevc":
+                return self._is_hevc_disposable(packet)
+            case _:
+                return False
 
     def is_hidden(self, packet: Packet) -> bool:
         """Whether the packet's picture is never shown (VP8's and VP9's alternate references), or keeps others from it."""
-        return self._is_hidden(packet)
+        match self._codec:
+            case "hevc":
+                return self._may_hide_hevc(packet)
+            case "vp8":
+                return _is_vp8_hidden(packet)
+            case "vp9":
+                return _is_vp9_hidden(packet)
+            case _:
+                return False
 
     def carries_parameters(self, packet: Packet) -> bool:
         """Whether the packet brings the parameters of its pictures with it."""
@@ -136,6 +142,15 @@ class ReferenceReader:
             kind in _HEVC_SUB_LAYER_NON_REFERENCE and layer == self._highest_hevc_layer
             for kind, layer in slices
         )
+
+    def _parameter_sets(self, packet: Packet) -> list[bytes]:
+        match self._codec:
+            case "h264":
+                return self._h264_parameter_sets(packet)
+            case "hevc":
+                return self._hevc_parameter_sets(packet)
+            case _:
+                return []
 
     def _h264_parameter_sets(self, packet: Packet) -> list[bytes]:
         sets = []
