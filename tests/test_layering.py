@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "reward": {"schema"},
     "rollout": {"model", "runtime", "schema"},
     "evaluate": {"reward", "rollout", "schema"},
-    "prefix_source": {"media", "model", "runtime", "schema"},
+    "feature_source": {"media", "model", "runtime", "schema"},
+    "prefix_source": {"feature_source", "media", "metrics", "model", "runtime", "schema"},
     "step_records": {"metrics", "schema"},
     "trainer": {
         "algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "reward", "rollout", "runtime",
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "sft": {"algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "runtime", "schema"},
     "loop": {"metrics", "runtime", "schema", "step_records"},
     "config": {
-        "algorithm", "data", "loop", "model", "omnigrpo_kernels", "prefix_source", "reward", "runtime", "trainer",
+        "algorithm", "data", "feature_source", "loop", "model", "omnigrpo_kernels", "reward", "runtime", "trainer",
     },
     "run": {
         "config", "data", "evaluate", "loop", "metrics", "model", "prefix_source", "progress", "reward", "rollout",
