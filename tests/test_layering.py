@@ -40,13 +40,16 @@ ALLOWED: dict[str, set[str]] = {
         "config", "data", "evaluate", "loop", "metrics", "model", "prefix_source", "progress", "reward", "rollout",
         "runtime", "schema", "sft", "trainer",
     },
+    "encode_dataset": {
+        "config", "data", "feature_source", "media", "model", "progress", "run", "schema",
+    },
     "report": {"evaluate", "media", "metrics", "reward", "runtime", "schema"},
     "info": {"omnigrpo_kernels"},
     "pretrain_towers": {"data", "media", "model"},
     "probe_towers": {"data", "media", "model", "schema"},
     "demo": {"config", "data", "evaluate", "metrics", "model", "progress", "report", "run"},
     "__main__": {"cli"},
-    "cli": {"config", "data", "demo", "info", "progress", "report", "run"},
+    "cli": {"config", "data", "demo", "encode_dataset", "info", "progress", "report", "run"},
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""
 

@@ -73,6 +73,7 @@ class PrefixSource:
         self._prompt_encoder = prompt_encoder
         self._depth = config.prefetch_depth
         self.features = FeatureSource(model=model, tower_hash=tower_hash, config=config, spans=spans)
+        self._closed = False
         self._batches: Batches | None = None
         self._queue: PrefetchQueue[tuple[Sequence[Prompt], LoadedClips], _Built] | None = None
 
@@ -94,6 +95,8 @@ class PrefixSource:
             batches: the prompts of each position; another function than the last time begins another sequence.
             position: usually the one after the last; any other begins there.
         """
+        if self._closed:
+            raise RuntimeError("the prefix source is closed; nothing can be read from it any more")
         queue = self._queue_of(batches)
         before = queue.stats
         built = queue.get(position)
@@ -101,7 +104,8 @@ class PrefixSource:
         return replace(built.batch, prefetch=queue.stats - before)
 
     def close(self) -> None:
-        """Wait for the clips under way and stop; what was read ahead is forgotten."""
+        """Wait for the clips under way and stop; what was read ahead is forgotten, and nothing more is read."""
+        self._closed = True
         self.features.stop()
         if self._queue is not None:
             self._queue.close()
