@@ -34,7 +34,7 @@ FILLER = "<|video_pad|>"
 SHORT_QUESTION = "which emotion?"
 """Leaves room below R1-Omni's P of 976 for what the demo's tokenizer makes of the chat text."""
 SPREAD = "step_job:length_spread"
-MEDIA = MediaConfig(prefetch=False)
+MEDIA = MediaConfig(prefetch_depth=0)
 """Without prefetch, so that decoding and encoding are phases of the step and not beside it."""
 
 
@@ -71,8 +71,9 @@ class RandomFeatures:
                 self._made[prompt.prompt_id] = self._encoder.encode(prompt, random_features(self._config))
         return SourceBatch(inputs=tuple(self._made[p.prompt_id] for p in prompts), dropped=())
 
-    def prefetch(self, prompts: Sequence[Prompt]) -> None:
-        """Do nothing: there is nothing to decode."""
+    def read(self, batches: Callable[[int], Sequence[Prompt]], position: int) -> SourceBatch:
+        """Return the inputs of a step."""
+        return self.inputs(batches(position))
 
     def close(self) -> None:
         """Do nothing."""

@@ -116,8 +116,8 @@ class Source:
             ),
         )
 
-    def prefetch(self, prompts: Sequence[Prompt]) -> None:
-        """Nothing to do: the prefixes are here."""
+    def read(self, batches: Callable[[int], Sequence[Prompt]], position: int) -> SourceBatch:
+        return self.inputs(batches(position))
 
 
 class Words:

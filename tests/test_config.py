@@ -24,7 +24,7 @@ def test_saved_and_loaded_is_equal(tmp_path):
         "optimizer.learning_rate=1e-7",
         "objective.loss='dapo'",
         "objective.max_importance_weight=2",
-        "media.prefetch=false",
+        "media.prefetch_depth=0",
         r"prompt.system_text='it is \ \"said\"'",
     )
     save_config(config, tmp_path / "config.toml")
@@ -89,7 +89,7 @@ def test_an_unknown_key_names_the_nearest(override, advice):
         ("rollout.samples=many", "rollout.samples"),
         ("rollout.samples=3.5", "rollout.samples"),
         ("rollout.samples='3'", "rollout.samples"),
-        ("media.prefetch=1", "media.prefetch"),
+        ("media.prefetch_depth=true", "media.prefetch_depth"),
         ("objective.loss=grop", "objective.loss"),
         ("rollout.samples=1", "at least 2"),
         ("run.save_every=0", "run.save_every must be at least 1"),

@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "reward": {"schema"},
     "rollout": {"model", "runtime", "schema"},
     "evaluate": {"reward", "rollout", "schema"},
-    "prefix_source": {"media", "model", "runtime", "schema"},
+    "feature_source": {"media", "model", "runtime", "schema"},
+    "prefix_source": {"feature_source", "media", "metrics", "model", "runtime", "schema"},
     "step_records": {"metrics", "schema"},
     "trainer": {
         "algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "reward", "rollout", "runtime",
@@ -33,11 +34,14 @@ ALLOWED: dict[str, set[str]] = {
     "sft": {"algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "runtime", "schema"},
     "loop": {"metrics", "runtime", "schema", "step_records"},
     "config": {
-        "algorithm", "data", "loop", "model", "omnigrpo_kernels", "prefix_source", "reward", "runtime", "trainer",
+        "algorithm", "data", "feature_source", "loop", "model", "omnigrpo_kernels", "reward", "runtime", "trainer",
     },
     "run": {
         "config", "data", "evaluate", "loop", "metrics", "model", "prefix_source", "progress", "reward", "rollout",
         "runtime", "schema", "sft", "trainer",
+    },
+    "encode_dataset": {
+        "config", "data", "feature_source", "media", "model", "progress", "run", "schema",
     },
     "report": {"evaluate", "media", "metrics", "reward", "runtime", "schema"},
     "info": {"omnigrpo_kernels"},
@@ -45,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "probe_towers": {"data", "media", "model", "schema"},
     "demo": {"config", "data", "evaluate", "metrics", "model", "progress", "report", "run"},
     "__main__": {"cli"},
-    "cli": {"config", "data", "demo", "info", "progress", "report", "run"},
+    "cli": {"config", "data", "demo", "encode_dataset", "info", "progress", "report", "run"},
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""
 

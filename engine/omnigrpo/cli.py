@@ -124,6 +124,29 @@ def evaluate(
 
 
 @app.command()
+def encode(
+    dataset: Annotated[Path, typer.Argument(help="Dataset JSON.")],
+    model: ModelOption = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Directory to fill (sets media.cache_directory).")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Decode and encode a dataset's clips into a cache that runs with the same model and media settings then read.
+
+    Goes on where it was interrupted: what the cache holds, whole, is skipped.
+    """
+    from omnigrpo.config import load_config
+    from omnigrpo.encode_dataset import encode_dataset
+
+    short = _short(model, dataset, Path(), None)
+    directory = [] if cache is None else [f"media.cache_directory={_toml(cache)}"]
+    for line in encode_dataset(load_config(config, [*(overrides or []), *short, *directory])).lines():
+        typer.echo(line)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write RUN/report.html: one self-contained page."""
     from omnigrpo.report.page import write_report

@@ -17,9 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from omnigrpo.algorithm.advantage import AdvantageConfig
 from omnigrpo.data.dataset import PromptStyle
+from omnigrpo.feature_source import MediaConfig
 from omnigrpo.loop import LoopConfig
 from omnigrpo.model.prompting import PromptTemplate
-from omnigrpo.prefix_source import MediaConfig
 from omnigrpo.reward.composition import RewardConfig
 from omnigrpo.runtime.optimizer import OptimizerConfig
 from omnigrpo.trainer import RolloutConfig, TrainerConfig
@@ -138,7 +138,9 @@ def changed_settings(config: RunConfig, saved: RunConfig) -> list[str]:
 _MAY_CHANGE = (
     "media.num_workers",
     "media.cache",
-    "media.prefetch",
+    "media.prefetch_depth",
+    "media.timeout_seconds",
+    "media.decoder",
     "data.evaluate",
     "model.device",
     "run.output",

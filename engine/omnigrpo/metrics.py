@@ -55,6 +55,21 @@ class Metric(StrEnum):
     SAMPLES_PER_SECOND = "samples_per_second"
     DROPPED = "prompts/dropped"
     STEP_SECONDS = "seconds/step"
+    PREFETCH_DEPTH = "prefetch/depth"
+    """Batches that were decoded and encoded when the step asked for its own, that one included; at most
+    ``media.prefetch_depth``."""
+    PREFETCH_STALLS = "prefetch/stalls"
+    """1 when the step had to wait for its batch, else 0; without prefetch always 1."""
+    PREFETCH_STALL_SECONDS = "prefetch/stall_seconds"
+    """How long it waited."""
+    CACHE_MEMORY_HITS = "cache/memory_hits"
+    """Clips of the step whose features were in memory."""
+    CACHE_DISK_HITS = "cache/disk_hits"
+    """Clips of the step whose features were read from ``media.cache_directory``."""
+    CACHE_MISSES = "cache/misses"
+    """Clips of the step that no tier had."""
+    MEDIA_DECODED = "media/decoded"
+    """Clips decoded for the step, unusable ones included; 0 over cached clips."""
 
 
 _SHOWN: tuple[tuple[Metric, str], ...] = (

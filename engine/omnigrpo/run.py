@@ -1,6 +1,7 @@
 """Builds a run from its configuration and drives it: supervised training, GRPO, evaluation."""
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def run_sft(config: RunConfig, *, resume: bool = False) -> None:
     prompts = _read(config, config.data.train)
     check_responses(prompts, config.data.train)
     checkpoint = _start(config, resume)
-    with _parts(config, checkpoint) as parts:
+    with open_parts(config, checkpoint) as parts:
         optimizer = _optimizer(config, parts, total_steps=config.run.steps)
         trainer = SupervisedTrainer(
             policy=parts.loaded.model,
@@ -77,7 +78,7 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
     prompts = _read(config, config.data.train)
     rewards = RewardSet.from_config(config.reward)
     checkpoint = _start(config, resume)
-    with _parts(config, checkpoint) as parts:
+    with open_parts(config, checkpoint) as parts:
         policy = parts.loaded.model
         reference = None
         if config.objective.kl_coefficient:
@@ -116,7 +117,7 @@ def run_evaluation(
             "data.evaluate names no split: give one, e.g. data.evaluate={heldout='heldout.json'}"
         )
     splits = {name: _read(config, path) for name, path in config.data.evaluate.items()}
-    with _parts(config, None) as parts:
+    with open_parts(config, None) as parts:
         reports = {
             split: _evaluate_split(config, parts, prompts, stage=stage, split=split, pairs=pairs)
             for split, prompts in splits.items()
@@ -185,7 +186,7 @@ def _start(config: RunConfig, resume: bool) -> Path | None:
 
 
 @contextmanager
-def _parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
+def open_parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
     """Load the model (the checkpoint's weights when resuming) and what feeds it; closes the feed."""
     world = World.from_environment(config.model.device)
     if world.size > 1:
@@ -288,9 +289,11 @@ def _replace_directory(final: Path, write: Callable[[Path], None]) -> None:
 def _prefixes(
     parts: Parts, prompts: tuple[Prompt, ...], dropped: list[DroppedPrompt], *, batch_size: int
 ) -> Iterator[Prefix]:
-    for first in range(0, len(prompts), batch_size):
-        batch = parts.source.inputs(prompts[first : first + batch_size])
-        parts.source.prefetch(prompts[first + batch_size : first + 2 * batch_size])
+    def batches(position: int) -> tuple[Prompt, ...]:
+        return prompts[position * batch_size : (position + 1) * batch_size]
+
+    for position in range(math.ceil(len(prompts) / batch_size)):
+        batch = parts.source.read(batches, position)
         dropped += batch.dropped
         with torch.no_grad():
             yield from embed(parts.loaded.model, batch.inputs)

@@ -45,8 +45,7 @@ class SupervisedTrainer:
 
     def step(self) -> StepReport:
         """One update on one batch of prompts and their responses."""
-        batch = self.source.inputs(self.batch(self.steps_done))
-        self.source.prefetch(self.batch(self.steps_done + 1))
+        batch = self.source.read(self.batch, self.steps_done)
         with self.spans.span(Phase.PACK):
             groups = [self.target(inputs) for inputs in batch.inputs]
             packs = [pack(run) for run in split_by_budget(groups, self.budget_rows)]
@@ -73,7 +72,8 @@ class SupervisedTrainer:
         self.steps_done += 1
         return StepReport(
             step=self.steps_done,
-            metrics={
+            metrics=batch.metrics
+            | {
                 Metric.LOSS: loss_sum,
                 Metric.ENTROPY: entropy_sum / max(num_tokens, 1),
                 Metric.LEARNING_RATE: self.optimizer.learning_rate,

@@ -19,7 +19,7 @@ from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.metrics import REWARD_COMPONENT_PREFIX, Metric
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.prompting import PromptEncoder
-from omnigrpo.prefix_source import PrefixSource
+from omnigrpo.prefix_source import PrefixSource, SourceBatch
 from omnigrpo.reward.composition import RewardSet
 from omnigrpo.rollout.interface import RolloutEngine, SamplingParams
 from omnigrpo.rollout.native_engine import NativeEngineConfig
@@ -27,7 +27,6 @@ from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
 from omnigrpo.runtime.spans import Phase, SpanRecorder
 from omnigrpo.schema import (
-    DroppedPrompt,
     Group,
     GroupRewards,
     PackedGroups,
@@ -149,8 +148,7 @@ class Trainer:
 
     def step(self) -> StepReport:
         """One GRPO step: decode and encode once, prefill once, sample G, reward, update, publish."""
-        batch = self.source.inputs(self.batch(self.steps_done))
-        self.source.prefetch(self.batch(self.steps_done + 1))
+        batch = self.source.read(self.batch, self.steps_done)
 
         groups = self.sample(batch.inputs)
         rewards = self.score(groups)
@@ -163,7 +161,7 @@ class Trainer:
             grad_norms.append(self.update())
         with self.spans.span(Phase.PUBLISH):
             self.rollout.publish(self.steps_done + 1)
-        report = self.report(groups, rewards, batch.dropped, metrics, grad_norms)
+        report = self.report(groups, rewards, batch, metrics, grad_norms)
         self.steps_done += 1
         return report
 
@@ -245,23 +243,23 @@ class Trainer:
         self,
         groups: Sequence[Group],
         rewards: Sequence[GroupRewards],
-        dropped: tuple[DroppedPrompt, ...],
+        batch: SourceBatch,
         metrics: TokenMetrics,
         grad_norms: Sequence[float],
     ) -> StepReport:
         """Collect the step's scalars; phase seconds are added by whoever drains the spans."""
         completions = [c for group in groups for c in group.completions]
-        scalars = metrics.summary() | reward_metrics(rewards)
+        scalars = metrics.summary() | reward_metrics(rewards) | batch.metrics
         scalars |= {
             Metric.LENGTH: _mean([float(len(c.token_ids)) for c in completions]),
             Metric.TRUNCATED: _mean([float(c.finish_reason == "length") for c in completions]),
             Metric.LEARNING_RATE: self.optimizer.learning_rate,
             Metric.GRAD_NORM: _mean(grad_norms),
             Metric.SAMPLES: float(len(completions)),
-            Metric.DROPPED: float(len(dropped)),
+            Metric.DROPPED: float(len(batch.dropped)),
         }
         return StepReport(
-            step=self.steps_done + 1, metrics=scalars, groups=groups, rewards=rewards, dropped=dropped
+            step=self.steps_done + 1, metrics=scalars, groups=groups, rewards=rewards, dropped=batch.dropped
         )
 
     def _training_pack(self, pack: PackedGroups, advantage_S: Tensor, counts: BatchCounts) -> TrainingPack:

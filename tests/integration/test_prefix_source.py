@@ -1,10 +1,13 @@
 import shutil
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from omnigrpo.data.dataset import PromptStyle, read_dataset
+from omnigrpo.metrics import Metric
 from omnigrpo.model.checkpoint_format import load_model, towers_hash
 from omnigrpo.model.prompting import PromptEncoder, PromptTemplate
 from omnigrpo.prefix_source import MediaConfig, PrefixSource
@@ -66,20 +69,139 @@ def test_every_clip_is_decoded_once(make_source, prompts):
     assert source.num_decoded == 6
 
 
-def test_prefetched_inputs_are_the_same_and_overlap(make_source, prompts):
-    source, other = make_source(), make_source(prefetch=False)
-    source.prefetch(prompts)
-    assert same_features(source.inputs(prompts), other.inputs(prompts))
+def in_pairs(prompts, order: Sequence[int] = range(100)):
+    """Batches of two prompts: which pair each position has."""
+
+    def batches(position: int):
+        if position >= len(order):
+            return ()
+        return prompts[2 * order[position] : 2 * order[position] + 2]
+
+    return batches
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_what_is_read_ahead_is_the_same(make_source, prompts, depth):
+    source, other = make_source(prefetch_depth=depth), make_source(prefetch_depth=0)
+    batches = in_pairs(prompts)
+    for position in range(3):
+        assert same_features(source.read(batches, position), other.inputs(batches(position)))
     assert source.num_decoded == 6
-    assert f"overlapped/{Phase.DECODE}" in source._spans.drain()
-    assert Phase.DECODE in other._spans.drain()
+    spans = source.features._spans.drain()
+    assert (f"overlapped/{Phase.DECODE}" in spans) == (f"overlapped/{Phase.ENCODE}" in spans) == (depth > 0)
+    assert (Phase.DECODE in spans) == (depth == 0)
 
 
-def test_a_prefetch_of_other_prompts_is_not_served(make_source, prompts):
-    source = make_source()
-    source.prefetch(prompts[:2])
-    batch = source.inputs(prompts[3:5])
-    assert [item.prompt.prompt_id for item in batch.inputs] == [p.prompt_id for p in prompts[3:5]]
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_reading_begins_anywhere_and_another_sequence_begins_anew(make_source, prompts, depth):
+    source = make_source(prefetch_depth=depth)
+    forward, backward = in_pairs(prompts, (0, 1, 2)), in_pairs(prompts, (2, 1, 0))
+
+    def names(batches, position):
+        return [item.prompt.prompt_id for item in source.read(batches, position).inputs]
+
+    ids = [prompt.prompt_id for prompt in prompts]
+    assert names(forward, 2) == ids[4:]
+    assert names(forward, 0) == ids[:2]
+    assert names(backward, 0) == ids[4:]
+    assert names(backward, 2) == ids[:2]
+    assert names(forward, 1) == ids[2:4]
+
+
+def test_a_clip_of_two_batches_under_way_is_decoded_once(make_source, prompts):
+    source = make_source(prefetch_depth=4)
+    batches = in_pairs(prompts, (0, 0, 1, 0, 1, 0))
+    read = [source.read(batches, position) for position in range(6)]
+    assert source.num_decoded == 4
+    assert [batch.counts.decoded for batch in read] == [2, 0, 2, 0, 0, 0]
+    assert [batch.counts.memory_hits for batch in read] == [0, 2, 0, 2, 2, 2]
+    assert same_features(read[0], read[1])
+    assert same_features(read[0], read[3])
+
+
+def test_features_that_fit_nowhere_are_made_again(make_source, prompts):
+    source, other = make_source(prefetch_depth=4, cache_budget_mib=0), make_source()
+    batches = in_pairs(prompts, (0, 0, 1, 0))
+    for position in range(4):
+        batch = source.read(batches, position)
+        assert same_features(batch, other.inputs(batches(position)))
+        assert batch.counts.decoded == 2
+
+
+def test_counts_say_where_clips_came_from(make_source, prompts, tmp_path):
+    settings = {"cache_directory": tmp_path / "cache", "prefetch_depth": 2}
+    first = make_source(**settings)
+    batches = in_pairs(prompts, (0, 1, 0, 1))
+    metrics = [first.read(batches, position).metrics for position in range(4)]
+    assert [m[Metric.MEDIA_DECODED] for m in metrics] == [2, 2, 0, 0]
+    assert [m[Metric.CACHE_MISSES] for m in metrics] == [2, 2, 0, 0]
+    assert [m[Metric.CACHE_MEMORY_HITS] for m in metrics] == [0, 0, 2, 2]
+    assert metrics[0][Metric.PREFETCH_STALLS] == 1
+    assert metrics[0][Metric.PREFETCH_STALL_SECONDS] > 0
+    assert all(m[Metric.PREFETCH_DEPTH] <= 2 for m in metrics)
+    second = make_source(**settings)
+    metrics = [second.read(batches, position).metrics for position in range(4)]
+    assert [m[Metric.CACHE_DISK_HITS] for m in metrics] == [2, 2, 0, 0]
+    assert [m[Metric.CACHE_MEMORY_HITS] for m in metrics] == [0, 0, 2, 2]
+    assert second.num_decoded == 0
+
+
+def test_an_error_is_raised_at_its_position(make_source, prompts):
+    source = make_source(prefetch_depth=3)
+
+    def batches(position: int):
+        if position == 1:
+            raise LookupError("no such batch")
+        return prompts[:2]
+
+    assert len(source.read(batches, 0).inputs) == 2
+    with pytest.raises(LookupError, match="no such batch"):
+        source.read(batches, 1)
+    assert len(source.read(batches, 2).inputs) == 2
+
+
+def test_close_does_not_wait_for_the_batches_ahead(make_source, job):
+    prompts = read_dataset(job.data / "rl.json", PromptStyle())
+    source = make_source(prefetch_depth=1, num_workers=1)
+    source.read(lambda position: prompts[: 1 + 13 * position], 0)
+    source.close()
+    assert source.num_decoded < 14
+    with pytest.raises(RuntimeError, match="closed"):
+        source.read(lambda position: prompts[:1], 0)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_settings_of_the_recipe_have_features_of_their_own(make_source, prompts, tmp_path):
+    """Whoever changes how clips are read finds no features of the other way; other settings share them."""
+    directory = tmp_path / "cache"
+    make_source(cache_directory=directory).inputs(prompts[:1])
+    for same in (
+        {"num_workers": 1},
+        {"timeout_seconds": 9.0},
+        {"prefetch_depth": 0},
+        {"cache_budget_mib": 1},
+    ):
+        source = make_source(cache_directory=directory, **same)
+        source.inputs(prompts[:1])
+        assert source.num_decoded == 0, same
+    for other in ({"colour": "bt601"}, {"aspect": "stretch"}, {"min_frames": 1}):
+        source = make_source(cache_directory=directory, **other)
+        source.inputs(prompts[:1])
+        assert source.num_decoded == 1, other
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefetch_depth": -1}, "media.prefetch_depth must be at least 0, got -1"),
+        ({"num_workers": 0}, "media.num_workers must be at least 1, got 0"),
+        ({"timeout_seconds": 0.0}, "media.timeout_seconds must be above 0, got 0.0"),
+        ({"cache_disk_budget_mib": -1}, "media.cache_disk_budget_mib must be at least 0, got -1"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MediaConfig(**settings)
 
 
 def test_the_disk_cache_outlives_the_source(make_source, prompts, tmp_path):

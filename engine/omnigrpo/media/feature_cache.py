@@ -1,23 +1,23 @@
-"""Tower features by content: an LRU tier in memory over an optional tier of safetensors files on disk."""
+"""Tower features by content: an LRU tier in memory over an optional tier of shards on disk."""
 
 import hashlib
-import os
-import tempfile
 import threading
-import zlib
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from omnigrpo.media.memory_tier import MemoryTier
+from omnigrpo.media.shard_store import ShardStore, Stored
 from omnigrpo.schema import ClipFeatures
 
+Tier = Literal["memory", "disk"]
+
+DEFAULT_DISK_BUDGET_BYTES = 64 * 2**30
+
 _NDIM = {"vision_FND": 3, "audio_AD": 2}
-_FORMAT = "1"
 
 
 def feature_key(content_hash: str, recipe: str) -> str:
@@ -43,6 +43,18 @@ class CacheStats:
     """Entries on disk that were thrown away because their bytes were not what was written."""
     evictions: int = 0
     """Features that left the memory tier to keep its budget."""
+    shard_evictions: int = 0
+    """Shards that this cache removed from the disk to keep its budget."""
+    refused: int = 0
+    """Features that were not written because the disk's budget had no room: all its shards are being written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheHit:
+    """Features that were found, and where."""
+
+    features: ClipFeatures
+    tier: Tier
 
 
 class FeatureCache:
@@ -51,105 +63,102 @@ class FeatureCache:
     The tensors are shared with later lookups: read them, do not write to them. They live on the CPU.
     """
 
-    def __init__(self, directory: Path | None, memory_budget_bytes: int) -> None:
-        if memory_budget_bytes < 0:
-            raise ValueError(f"memory_budget_bytes must not be negative, got {memory_budget_bytes}")
-        self._directory = directory
-        self._budget_bytes = memory_budget_bytes
+    def __init__(
+        self,
+        directory: Path | None,
+        memory_budget_bytes: int,
+        disk_budget_bytes: int = DEFAULT_DISK_BUDGET_BYTES,
+    ) -> None:
         self._lock = threading.Lock()
-        self._memory: OrderedDict[str, ClipFeatures] = OrderedDict()
-        self._memory_bytes = 0
+        self._memory = MemoryTier(memory_budget_bytes)
+        self._disk = None if directory is None else ShardStore(directory, disk_budget_bytes)
         self._stats = CacheStats()
 
     @property
     def stats(self) -> CacheStats:
         """Counts so far."""
         with self._lock:
-            return self._stats
+            evicted = self._disk.num_evicted if self._disk is not None else 0
+            return replace(self._stats, shard_evictions=evicted)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of features in the memory tier; never more than the budget."""
         with self._lock:
-            return self._memory_bytes
+            return self._memory.num_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk, those of other processes and recipes included."""
+        return self._disk.num_bytes if self._disk is not None else 0
 
     def get(self, key: str) -> ClipFeatures | None:
         """Return the features of ``key``, or None: then compute them and ``put`` them."""
+        hit = self.find(key)
+        return hit.features if hit is not None else None
+
+    def find(self, key: str) -> CacheHit | None:
+        """As ``get``, and say which tier had them."""
+        _check_key(key)
         with self._lock:
             features = self._memory.get(key)
             if features is not None:
-                self._memory.move_to_end(key)
                 self._count(memory_hits=1)
-                return features
-        features, damaged = self._read(key)
+                return CacheHit(features=features, tier="memory")
+        stored = self._read(key)
+        if stored.tensors is None:
+            with self._lock:
+                self._count(misses=1, damaged=stored.damaged)
+            return None
+        features = ClipFeatures(**{name: stored.tensors.get(name) for name in _NDIM})
         with self._lock:
-            self._count(
-                disk_hits=int(features is not None), misses=int(features is None), damaged=int(damaged)
-            )
-            if features is not None:
-                self._remember(key, features)
-        return features
+            self._count(disk_hits=1, damaged=stored.damaged)
+            self._count(evictions=self._memory.put(key, features))
+        return CacheHit(features=features, tier="disk")
+
+    def is_kept(self, key: str) -> bool:
+        """Whether features outlive this process: a sound entry on disk, which is read to be sure; no hit, no miss.
+
+        Without a directory, whether they are in memory.
+        """
+        _check_key(key)
+        if self._disk is None:
+            with self._lock:
+                return self._memory.get(key) is not None
+        stored = self._read(key)
+        with self._lock:
+            self._count(damaged=stored.damaged)
+        return stored.tensors is not None
 
     def put(self, key: str, features: ClipFeatures) -> None:
-        """Store features under ``key``, on disk by writing a temporary file and renaming it."""
+        """Store a copy of features under ``key``, on disk too; OSError when the disk does not take them."""
+        _check_key(key)
         kept = ClipFeatures(vision_FND=_own(features.vision_FND), audio_AD=_own(features.audio_AD))
-        tensors = _tensors(kept)
+        named = {name: getattr(kept, name) for name in _NDIM}
+        tensors: dict[str, Tensor] = {name: tensor for name, tensor in named.items() if tensor is not None}
         if not tensors:
             raise ValueError(f"features of {key} hold neither vision nor audio; there is nothing to cache")
         for name, tensor in tensors.items():
             if tensor.ndim != _NDIM[name]:
                 raise ValueError(f"{name} must have {_NDIM[name]} dimensions, got {list(tensor.shape)}")
-        if self._directory is not None:
-            self._write(self._path(self._directory, key), key, tensors)
+        written = self._disk is None or self._disk.write(key, tensors)
         with self._lock:
-            self._remember(key, kept)
+            self._count(refused=int(not written))
+            self._count(evictions=self._memory.put(key, kept))
 
-    @staticmethod
-    def _path(directory: Path, key: str) -> Path:
-        if len(key) < 3 or not key.isalnum():
-            raise ValueError(f"a cache key is a hex digest, got {key!r}; build it with feature_key()")
-        return directory / key[:2] / f"{key}.safetensors"
+    def close(self) -> None:
+        """Let others go on with the shard that this cache was writing; a later ``put`` takes one again."""
+        if self._disk is not None:
+            self._disk.close()
 
-    def _read(self, key: str) -> tuple[ClipFeatures | None, bool]:
-        """Read an entry from disk; returns (features or None, whether a damaged entry was removed)."""
-        if self._directory is None:
-            return None, False
-        path = self._path(self._directory, key)
-        try:
-            features = _load(path, key)
-        except FileNotFoundError:
-            return None, False
-        except SafetensorError:
-            features = None
-        if features is None:
-            path.unlink(missing_ok=True)
-        return features, features is None
-
-    @staticmethod
-    def _write(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
-        metadata = {"format": _FORMAT, "key": key, "crc32": _crc32(tensors)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save(tensors, metadata))
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-    def _remember(self, key: str, features: ClipFeatures) -> None:
-        """Put features at the young end of the memory tier; the lock is held."""
-        old = self._memory.pop(key, None)
-        self._memory_bytes -= _num_bytes(old) if old is not None else 0
-        if _num_bytes(features) > self._budget_bytes:
-            return
-        self._memory[key] = features
-        self._memory_bytes += _num_bytes(features)
-        while self._memory_bytes > self._budget_bytes:
-            _, evicted = self._memory.popitem(last=False)
-            self._memory_bytes -= _num_bytes(evicted)
-            self._count(evictions=1)
+    def _read(self, key: str) -> Stored:
+        """The entry on disk; one that does not hold features counts as damaged."""
+        if self._disk is None:
+            return Stored(tensors=None, damaged=0)
+        stored = self._disk.read(key)
+        if stored.tensors is None or all(_NDIM.get(n) == t.ndim for n, t in stored.tensors.items()):
+            return stored
+        return Stored(tensors=None, damaged=stored.damaged + 1)
 
     def _count(self, **more: int) -> None:
         self._stats = replace(
@@ -157,16 +166,9 @@ class FeatureCache:
         )
 
 
-def _load(path: Path, key: str) -> ClipFeatures | None:
-    """Read one entry; None when it is not what was written under this key."""
-    with safe_open(path, framework="pt", device="cpu") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    expected = {"format": _FORMAT, "key": key, "crc32": _crc32(tensors)}
-    shapes_ok = all(_NDIM.get(name) == tensor.ndim for name, tensor in tensors.items())
-    if metadata != expected or not tensors or not shapes_ok:
-        return None
-    return ClipFeatures(vision_FND=tensors.get("vision_FND"), audio_AD=tensors.get("audio_AD"))
+def _check_key(key: str) -> None:
+    if len(key) < 3 or not (key.isascii() and key.isalnum()):
+        raise ValueError(f"a cache key is a hex digest, got {key!r}; build it with feature_key()")
 
 
 def _own(tensor: Tensor | None) -> Tensor | None:
@@ -174,21 +176,3 @@ def _own(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _tensors(features: ClipFeatures) -> dict[str, Tensor]:
-    named = {"vision_FND": features.vision_FND, "audio_AD": features.audio_AD}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-
-def _num_bytes(features: ClipFeatures) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(features).values())
-
-
-def _crc32(tensors: dict[str, Tensor]) -> str:
-    """Checksum of names, dtypes, shapes and bytes."""
-    value = 0
-    for name, tensor in sorted(tensors.items()):
-        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
