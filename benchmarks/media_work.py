@@ -1,5 +1,6 @@
 """The clips that bench_media decodes: a moving texture of natural sharpness, and a chord in noise."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -8,14 +9,20 @@ from typing import cast
 
 import av
 import numpy as np
+import torch
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from av.video.stream import VideoStream
+from torch import Tensor
+from torch.nn import functional
 
 H264 = {"preset": "medium", "bf": "3", "maxrate": "4000k", "bufsize": "8000k"}
 VP9 = {"deadline": "realtime", "cpu-used": "8", "row-mt": "1"}
 AUDIO_RATE_HZ = 44_100
 _BLOCK_SAMPLES = 1024
+NUM_LEAVES = 6000
+GRAIN = 2.0
+"""Standard deviation of the camera's noise, in steps of 255."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,39 +67,62 @@ def write_clip(path: Path, spec: ClipSpec, *, seed: int = 0) -> Path:
 
 
 def moving_texture(spec: ClipSpec, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """uint8 pictures ``[height, width, 3]``: a camera that pans over a scene, two objects in it, and grain."""
+    """uint8 pictures ``[height, width, 3]``: a scene that sways and zooms, two soft bodies that turn, and grain.
+
+    All motion is by fractions of pixels and differs from place to place: whole-pixel steps would let the encoder make
+    B-pictures of almost no bytes, which no camera's do.
+    """
     height, width = spec.height, spec.width
-    margin = min(height, width) // 6
-    scene = natural_texture(height + 2 * margin, width + 2 * margin, generator)
-    side = height // 3
-    objects = [natural_texture(side, side, generator) for _ in range(2)]
-    rows, columns = np.mgrid[0:side, 0:side]
-    disc = (rows - side / 2) ** 2 + (columns - side / 2) ** 2 < (side / 2) ** 2
-    grain = [generator.normal(0, 2, (height, width, 1)).astype(np.int16) for _ in range(8)]
+    layers = [_layer(natural_texture(height, width, generator)) for _ in range(3)]
+    y_HW, x_HW = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     for number in range(spec.num_frames):
-        seconds = number / spec.rate
-        top = round(margin * (1 + 0.9 * np.sin(0.7 * seconds)))
-        left = round(margin * (1 + 0.9 * np.cos(0.5 * seconds)))
-        image = scene[top : top + height, left : left + width].astype(np.int16)
-        for at, texture in enumerate(objects):
-            y = round((height - side) / 2 * (1 + 0.8 * np.sin((1.3 + at) * seconds + at)))
-            x = round((width - side) / 2 * (1 + 0.8 * np.cos((0.9 - 0.4 * at) * seconds + 2 * at)))
-            image[y : y + side, x : x + side][disc] = texture[disc]
-        yield np.clip(image + grain[number % len(grain)], 0, 255).astype(np.uint8)
+        at = number / spec.rate
+        zoom = 0.82 + 0.06 * math.sin(0.6 * at)
+        wave = 0.008 * torch.sin(3 * y_HW + 2.1 * at), 0.012 * torch.sin(2 * x_HW - 1.7 * at)
+        shift = 0.09 * math.sin(0.7 * at), 0.09 * math.cos(0.5 * at)
+        image_3HW = _sampled(layers[0], zoom * x_HW + wave[0] + shift[0], zoom * y_HW + wave[1] + shift[1])
+        for body, layer in enumerate(layers[1:]):
+            centre = 0.5 * math.cos((0.9 - 0.4 * body) * at + 2 * body), 0.4 * math.sin((1.3 + body) * at + body)
+            x, y = (x_HW - centre[0]) * width / height, y_HW - centre[1]
+            turn = 0.3 * math.sin((1.1 + 0.5 * body) * at)
+            u, v = math.cos(turn) * x - math.sin(turn) * y, math.sin(turn) * x + math.cos(turn) * y
+            texture_3HW = _sampled(layer, 0.6 * u + wave[1], 0.6 * v + wave[0])
+            opacity_HW = ((0.45 - torch.hypot(x, y * (1 + 0.1 * math.sin(2 * at)))) * 40).clamp(0, 1)
+            image_3HW = torch.lerp(image_3HW, texture_3HW, opacity_HW)
+        light = 1 + 0.05 * math.sin(1.9 * at)
+        grain_HW1 = torch.from_numpy(generator.normal(0, GRAIN, (height, width, 1)).astype(np.float32))
+        image_HW3 = image_3HW.permute(1, 2, 0) * light + grain_HW1
+        yield image_HW3.clamp(0, 255).to(torch.uint8).numpy()
 
 
 def natural_texture(height: int, width: int, generator: np.random.Generator) -> np.ndarray:
-    """uint8 colour noise whose spectrum falls as one over frequency, as that of photographs."""
+    """uint8 colours of opaque discs that cover each other, radii by a power law, each faintly textured.
+
+    "Dead leaves" (Lee, Mumford and Huang, 2001): edges, smooth areas and a spectrum as photographs have them.
+    """
+    image_HW3 = np.full((height, width, 3), 128.0)
+    smallest, largest = height / 90, height / 3
+    for _ in range(NUM_LEAVES):
+        share = generator.uniform()
+        radius = (smallest**-2 * (1 - share) + largest**-2 * share) ** -0.5
+        y, x = generator.uniform(0, height), generator.uniform(0, width)
+        top, left = max(int(y - radius), 0), max(int(x - radius), 0)
+        view_HW3 = image_HW3[top : int(y + radius) + 1, left : int(x + radius) + 1]
+        rows, columns = np.ogrid[top : top + view_HW3.shape[0], left : left + view_HW3.shape[1]]
+        inside_HW = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+        colour = generator.uniform(30, 225) + generator.normal(0, 20, 3)
+        view_HW3[inside_HW] = colour
+    image_HW3 += 8 * _pink_noise(height, width, generator)[:, :, None]
+    return np.clip(image_HW3, 0, 255).astype(np.uint8)
+
+
+def _pink_noise(height: int, width: int, generator: np.random.Generator) -> np.ndarray:
+    """Noise of unit deviation whose amplitude falls as one over frequency."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
-    planes = []
-    for _ in range(3):
-        phases = generator.uniform(0, 2 * np.pi, frequency.shape)
-        plane = np.fft.irfft2(np.exp(1j * phases) / frequency, s=(height, width))
-        planes.append(plane / plane.std())
-    luma, *chroma = planes
-    colours = [luma + 0.4 * (chroma[0] if at == 0 else chroma[1] if at == 2 else 0) for at in range(3)]
-    return np.clip(128 + 48 * np.stack(colours, axis=-1), 0, 255).astype(np.uint8)
+    phases = generator.uniform(0, 2 * np.pi, frequency.shape)
+    noise = np.fft.irfft2(np.exp(1j * phases) / frequency, s=(height, width))
+    return noise / noise.std()
 
 
 def sound(seconds: float, rate_hz: int, generator: np.random.Generator) -> np.ndarray:
@@ -102,6 +132,16 @@ def sound(seconds: float, rate_hz: int, generator: np.random.Generator) -> np.nd
     swell = 0.1 * (1 + np.sin(2 * np.pi * 0.5 * time))
     noise = 0.03 * generator.normal(size=(2, len(time)))
     return (swell * chord + noise).astype(np.float32)
+
+
+def _layer(texture_HW3: np.ndarray) -> Tensor:
+    return torch.from_numpy(texture_HW3).permute(2, 0, 1)[None].float()
+
+
+def _sampled(layer_13HW: Tensor, x_HW: Tensor, y_HW: Tensor) -> Tensor:
+    """The layer at fractional places, mirrored beyond its edges."""
+    grid_1HW2 = torch.stack([x_HW, y_HW], dim=-1)[None]
+    return functional.grid_sample(layer_13HW, grid_1HW2, padding_mode="reflection", align_corners=False)[0]
 
 
 def _write_sound(container: OutputContainer, audio: AudioStream, samples: np.ndarray) -> None:
