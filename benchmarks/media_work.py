@@ -82,7 +82,10 @@ def moving_texture(spec: ClipSpec, generator: np.random.Generator) -> Iterator[n
         shift = 0.09 * math.sin(0.7 * at), 0.09 * math.cos(0.5 * at)
         image_3HW = _sampled(layers[0], zoom * x_HW + wave[0] + shift[0], zoom * y_HW + wave[1] + shift[1])
         for body, layer in enumerate(layers[1:]):
-            centre = 0.5 * math.cos((0.9 - 0.4 * body) * at + 2 * body), 0.4 * math.sin((1.3 + body) * at + body)
+            centre = (
+                0.5 * math.cos((0.9 - 0.4 * body) * at + 2 * body),
+                0.4 * math.sin((1.3 + body) * at + body),
+            )
             x, y = (x_HW - centre[0]) * width / height, y_HW - centre[1]
             turn = 0.3 * math.sin((1.1 + 0.5 * body) * at)
             u, v = math.cos(turn) * x - math.sin(turn) * y, math.sin(turn) * x + math.cos(turn) * y

@@ -48,7 +48,7 @@ class FrameDecoder:
         )
         self._num_decoded = 0
         self._is_described_anew = False
-        """Whether the decoder has met another description than the stream's first; flushing does not bring that back."""
+        """Whether the decoder has met a second description; flushing does not bring the first one back."""
         self.plan = self._make_plan()
         """None when the packets do not tell which pictures there are: then they must be counted."""
 
@@ -70,7 +70,9 @@ class FrameDecoder:
         width, height = codec.width, codec.height
         codec.options = {"max_pixels": str(MAX_PIXELS)}
         if codec.name == "h264":
-            codec.options |= {"strict": "strict"}  # Reorder as far as the level allows, where the stream says nothing.
+            codec.options |= {
+                "strict": "strict"
+            }  # Reorder as far as the level allows, where the stream says nothing.
         try:
             try:
                 frames_FHWC = self._by_counting() if self.plan is None else self._by_plan(self.plan)

@@ -44,7 +44,9 @@ class NalReader:
         known = self._units.get(id(packet))
         if known is None:
             data = memoryview(packet)  # type: ignore[arg-type] (a packet has a buffer)
-            split = _annex_b_units(data) if self.length_size is None else _prefixed_units(data, self.length_size)
+            split = (
+                _annex_b_units(data) if self.length_size is None else _prefixed_units(data, self.length_size)
+            )
             known = self._units[id(packet)] = [unit for unit in split if len(unit)]
         return known
 
@@ -62,7 +64,9 @@ class ReferenceReader:
         self._nals = NalReader(extradata, is_hevc=codec == "hevc")
         self._extradata = extradata or b""
         self._packets = packets
-        self._codec = codec  # And no bound methods: in a circle with them, the packets would outlive their clip.
+        self._codec = (
+            codec  # And no bound methods: in a circle with them, the packets would outlive their clip.
+        )
         self.skip: Literal["NONREF", "DEFAULT"] = "NONREF" if codec in _DISPOSABLE_BY_DECODER else "DEFAULT"
         """What the decoder may leave out of packets that are not wanted."""
 
@@ -96,7 +100,7 @@ class ReferenceReader:
                 return False
 
     def is_hidden(self, packet: Packet) -> bool:
-        """Whether the packet's picture is never shown (VP8's and VP9's alternate references), or keeps others from it."""
+        """Whether the packet's picture is never shown (VP8's, VP9's alternate references), or keeps others from it."""
         match self._codec:
             case "hevc":
                 return self._may_hide_hevc(packet)

@@ -144,7 +144,9 @@ def _demux(
                 break
     except FFmpegError as error:
         return video, audio, error
-    except IndexError:  # All is read, but PyAV cannot flush streams that show up after the header, as in FLV and MPEG.
+    except (
+        IndexError
+    ):  # All is read, but PyAV cannot flush streams that show up after the header, as in FLV and MPEG.
         pass
     return video, audio, None
 

@@ -42,7 +42,7 @@ from omnigrpo.data.synthetic.identity import (
     sample_voice_identity,
 )
 from omnigrpo.data.synthetic.voice import PITCH_SEMITONES, SAMPLE_RATE_HZ, sing
-from omnigrpo.media.decode_pyav import decode_clip
+from omnigrpo.media.decode import decode
 from omnigrpo.media.log_mel import whisper_log_mel
 from omnigrpo.media.pixels import siglip_pixels
 from omnigrpo.media.sampling import SamplingConfig
@@ -119,7 +119,8 @@ def _make_reel(
         write_mp4(
             path, frames_FHWC, track, frames_per_second=FRAMES_PER_SECOND, sample_rate_hz=SAMPLE_RATE_HZ
         )
-        decoded = decode_clip(Clip(path=path), ("video", "audio"), SamplingConfig(num_frames=FACES_PER_REEL))
+        sampling = SamplingConfig(num_frames=FACES_PER_REEL)
+        decoded = decode([Clip(path=path)], [("video", "audio")], sampling).clips[0]
     assert decoded.frames_FHWC is not None, decoded.error
     assert decoded.waveform is not None, decoded.error
     pixels = siglip_pixels(decoded.frames_FHWC, image_size=study_format.image_size, aspect="pad")
