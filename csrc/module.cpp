@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(omnigrpo, m) {
       "shared_prefix_attention_backward_amx(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "int[] prefix_lengths, int[] completion_counts, int[] completion_lengths, bool prefix_queries, float scale, "
       "int pieces) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def("yuv420_to_rgb(Tensor y, Tensor u, Tensor v, Tensor(a!) rgb, int[] coefficients) -> ()");
 }
 
 namespace {

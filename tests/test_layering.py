@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": set(),
     "schema": {"omnigrpo_kernels"},
     "algorithm": {"omnigrpo_kernels", "schema"},
-    "media": {"schema"},
+    "media": {"omnigrpo_kernels", "schema"},
     "model": {"omnigrpo_kernels", "schema"},
     "data": {"media", "schema"},
     "reward": {"schema"},

@@ -54,6 +54,7 @@ def kernel_status() -> list[KernelStatus]:
         *(_head_on_cpu(op) for op in HEAD_OPS),
         *(_on_cuda(op, "Triton, cuBLAS") for op in HEAD_OPS),
         _attention_on_cpu(),
+        _yuv_to_rgb_on_cpu(),
         _on_cuda("shared_prefix_attention", "Triton"),
         _on_cuda("decoder_layer", "Triton, cuBLAS"),
         *(_layer_on_cpu(op) for op in liger.FUNCTIONS),
@@ -80,6 +81,20 @@ def _attention_on_cpu() -> KernelStatus:
         pass
     return KernelStatus(
         op="shared_prefix_attention", device="cpu", implementation=implementation, active=True, reason=None
+    )
+
+
+def _yuv_to_rgb_on_cpu() -> KernelStatus:
+    try:
+        isa, reason = "baseline" if load().cpu_isa() == "baseline" else "avx2", None
+    except ImportError as error:
+        isa, reason = "none", str(error)
+    return KernelStatus(
+        op="yuv420_to_rgb",
+        device="cpu",
+        implementation="none" if reason else f"C++ ({isa})",
+        active=reason is None,
+        reason=reason,
     )
 
 

@@ -165,7 +165,7 @@ def test_status_names_each_op_and_why_a_kernel_is_not_active() -> None:
     assert len(set(named)) == len(named)
     ops = (*HEAD_OPS, "shared_prefix_attention", "rms_norm", "rope", "swiglu")
     on_both = {(op, device) for op in ops for device in ("cpu", "cuda")}
-    assert set(named) == on_both | {("decoder_layer", "cuda")}
+    assert set(named) == on_both | {("decoder_layer", "cuda"), ("yuv420_to_rgb", "cpu")}
     assert {"linear_logprob", "grpo_head"} <= set(HEAD_OPS)
     assert all((status.reason is None) == status.active for status in statuses)
     for op in HEAD_OPS:

@@ -7,14 +7,18 @@ from collections.abc import Sequence
 
 import torch
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.plane import VideoPlane
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from torch import Tensor
 
 from omnigrpo.media.clip_error import ClipError
 from omnigrpo.media.sampling import Colour
 from omnigrpo.schema import ClipStatus
+from omnigrpo_kernels.yuv_to_rgb import BT601, MATRICES, yuv420_to_rgb
 
 _FLAGS = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+_FULL_RANGE_420 = "yuvj420p"
+_EIGHT_BIT_420 = ("yuv420p", _FULL_RANGE_420)
 
 
 class RgbFrames:
@@ -72,16 +76,43 @@ class RgbFrames:
 
 
 class _Converter:
-    """Keeps swscale's tables from one picture to the next."""
+    """Turns pictures into RGB: the common kind by the extension's op, others by swscale, whose tables it keeps."""
 
     def __init__(self, colour: Colour) -> None:
-        self._source = Colorspace.ITU601 if colour == "bt601" else None
+        self._is_always_bt601 = colour == "bt601"
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: VideoFrame, out_HWC: Tensor | None = None) -> Tensor:
         """uint8 RGB ``[height, width, 3]``, in ``out_HWC`` if given."""
-        rgb = self._reformatter.reformat(
-            frame, format="rgb24", src_colorspace=self._source, interpolation=_FLAGS
-        )
+        matrix = BT601 if self._is_always_bt601 else int(frame.colorspace)
+        is_even = frame.width % 2 == 0 and frame.height % 2 == 0
+        if frame.format.name in _EIGHT_BIT_420 and is_even and matrix in MATRICES:
+            return _by_op(frame, matrix, out_HWC)
+        return self._by_swscale(frame, out_HWC)
+
+    def _by_swscale(self, frame: VideoFrame, out_HWC: Tensor | None) -> Tensor:
+        source = Colorspace.ITU601 if self._is_always_bt601 else None
+        try:
+            rgb = self._reformatter.reformat(
+                frame, format="rgb24", src_colorspace=source, interpolation=_FLAGS
+            )
+        except OSError as error:
+            raise ClipError(
+                ClipStatus.UNSUPPORTED_CODEC,
+                f"has pictures of format {frame.format.name} and colour matrix {int(frame.colorspace)} "
+                "(ITU-T H.273), which FFmpeg does not turn into RGB; re-encode it, as H.264 in BT.709 for example",
+            ) from error
         image_HWC = torch.from_numpy(rgb.to_ndarray())
         return image_HWC if out_HWC is None else out_HWC.copy_(image_HWC)
+
+
+def _by_op(frame: VideoFrame, matrix: int, out_HWC: Tensor | None) -> Tensor:
+    y_HW, u_hw, v_hw = (_visible(plane) for plane in frame.planes)
+    is_full_range = frame.format.name == _FULL_RANGE_420 or frame.color_range == ColorRange.JPEG
+    return yuv420_to_rgb(y_HW, u_hw, v_hw, matrix=matrix, is_full_range=is_full_range, out=out_HWC)
+
+
+def _visible(plane: VideoPlane) -> Tensor:
+    """The plane's own memory, without what pads its rows."""
+    rows = torch.frombuffer(plane, dtype=torch.uint8, count=plane.height * plane.line_size)
+    return rows.view(plane.height, plane.line_size)[:, : plane.width]
