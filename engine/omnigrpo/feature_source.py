@@ -184,7 +184,7 @@ class FeatureSource:
     def encode(self, loaded: LoadedClips) -> EncodedClips:
         """Run the towers over what was decoded; an unusable clip stays as it was decoded, with its status."""
         results: dict[Request, ClipFeatures | DecodedClip] = {}
-        with self._spans.span(Phase.ENCODE), self._stream.work():
+        with self._stream.work():
             for request, features in loaded.found.items():
                 results[request] = self._on_device(features)
             results |= self._encode(loaded.decoded)
@@ -273,9 +273,10 @@ class FeatureSource:
         usable = {r: item for r, item in decoded.items() if item.clip.status is ClipStatus.OK}
         for modalities in sorted({modalities for _, modalities in usable}):
             members = {r: item for r, item in usable.items() if r[1] == modalities}
-            features = self._run_towers(list(members.values()))
+            with self._spans.span(Phase.ENCODE):
+                features = self._run_towers(list(members.values()))
+                host = iter(self._stream.to_host([tensor for f in features for tensor in _tensors(f)]))
             results |= zip(members, features, strict=True)
-            host = iter(self._stream.to_host([tensor for f in features for tensor in _tensors(f)]))
             for (request, item), of_clip in zip(members.items(), features, strict=True):
                 kept = ClipFeatures(
                     vision_FND=None if of_clip.vision_FND is None else next(host),

@@ -16,7 +16,7 @@ from omnigrpo.metrics import Metric
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.prompting import PromptEncoder
 from omnigrpo.runtime.side_stream import Handover
-from omnigrpo.runtime.spans import SpanRecorder
+from omnigrpo.runtime.spans import Phase, SpanRecorder
 from omnigrpo.schema import DecodedClip, DroppedPrompt, PrefixInputs, Prompt
 
 __all__ = ["MediaConfig", "PrefixSource", "SourceBatch"]
@@ -72,6 +72,7 @@ class PrefixSource:
     ) -> None:
         self._prompt_encoder = prompt_encoder
         self._depth = config.prefetch_depth
+        self._spans = spans
         self.features = FeatureSource(model=model, tower_hash=tower_hash, config=config, spans=spans)
         self._closed = False
         self._batches: Batches | None = None
@@ -99,8 +100,9 @@ class PrefixSource:
             raise RuntimeError("the prefix source is closed; nothing can be read from it any more")
         queue = self._queue_of(batches)
         before = queue.stats
-        built = queue.get(position)
-        built.handover.receive()
+        with self._spans.span(Phase.MEDIA_WAIT):
+            built = queue.get(position)
+            built.handover.receive()
         return replace(built.batch, prefetch=queue.stats - before)
 
     def close(self) -> None:

@@ -90,6 +90,7 @@ def test_what_is_read_ahead_is_the_same(make_source, prompts, depth):
     spans = source.features._spans.drain()
     assert (f"overlapped/{Phase.DECODE}" in spans) == (f"overlapped/{Phase.ENCODE}" in spans) == (depth > 0)
     assert (Phase.DECODE in spans) == (depth == 0)
+    assert Phase.MEDIA_WAIT in spans
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

@@ -35,7 +35,8 @@ def in_thread(work: Callable[[], None]) -> None:
 
 def test_the_phases_are_those_of_a_step() -> None:
     names = (
-        "decode encode prefill decode_tokens reward pack reference forward head backward optimizer publish"
+        "media_wait decode encode prefill decode_tokens reward pack reference forward head backward optimizer "
+        "publish"
     )
     assert [str(phase) for phase in Phase] == names.split()
 

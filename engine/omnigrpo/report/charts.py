@@ -142,6 +142,7 @@ def draw_recalls(
 def phase_fills(palette: Palette) -> dict[str, Fill]:
     """Colours of the phases: media green, rollout blue, reward to reference purple, update orange, rose."""
     colours = {
+        Phase.MEDIA_WAIT: (palette.green, 0.3),
         Phase.DECODE: (palette.green, 1.0),
         Phase.ENCODE: (palette.green, 0.55),
         Phase.PREFILL: (palette.blue, 1.0),

@@ -20,6 +20,8 @@ OVERLAPPED_PREFIX = "overlapped/"
 class Phase(StrEnum):
     """The phases that one training step passes through, in order."""
 
+    MEDIA_WAIT = "media_wait"
+    """Until the features of the step's clips are at hand; what is decoded and encoded meanwhile counts apart."""
     DECODE = "decode"
     ENCODE = "encode"
     PREFILL = "prefill"
