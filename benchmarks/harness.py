@@ -62,6 +62,7 @@ class Bench:
         self.rows: list[Row] = []
         self.checks: list[Check] = []
         self.notes: list[str] = []
+        self.rounds: int = args.rounds
         self.ceiling_flops = 0.0
         """Best rate that a square GEMM in ``dtype`` has reached so far, FLOP/s; sampled before every round."""
         self._name, self._args = name, args
@@ -80,7 +81,7 @@ class Bench:
             self._run(variant)
         peaks = {variant.name: self._peak_bytes(variant) for variant in variants}
         seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
-        for number in range(min(self._args.rounds, rounds or self._args.rounds)):
+        for number in range(min(self.rounds, rounds or self.rounds)):
             self._sample_ceiling()
             for variant in variants if number % 2 == 0 else reversed(variants):
                 seconds[variant.name].append(self._run(variant))

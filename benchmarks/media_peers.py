@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from av.audio.resampler import AudioResampler
 from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation
 from torch import Tensor
 
 from omnigrpo.media.sampling import uniform_frame_indices
@@ -94,6 +95,16 @@ def sequential_frames(path: Path, num_frames: int, to_rgb: Callable[[VideoFrame]
         pictures = enumerate(container.decode(stream))
         images = {number: to_rgb(picture) for number, picture in pictures if number in set(wanted)}
     return torch.stack([images[number] for number in wanted])
+
+
+def exact_rgb(picture: VideoFrame) -> Tensor:
+    """As the engine defines it, with bilinear chroma from the middle of four luma samples, but by swscale.
+
+    A copy of the planes does not say that H.264 has its chroma elsewhere.
+    """
+    flags = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+    bare = VideoFrame.from_ndarray(picture.to_ndarray(), format=picture.format.name)
+    return torch.from_numpy(bare.reformat(format="rgb24", interpolation=flags).to_ndarray())
 
 
 def require_ffmpeg_libraries() -> None:

@@ -1,7 +1,8 @@
 """The clips that bench_media decodes: a moving texture of natural sharpness, and a chord in noise."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -49,21 +50,63 @@ class ClipSpec:
         return self.num_frames / self.rate
 
 
-def write_clip(path: Path, spec: ClipSpec, *, seed: int = 0) -> Path:
-    """Encode one clip; another seed gives another texture and another sound."""
+def write_clips(specs: Mapping[Path, ClipSpec], *, seed: int = 0) -> None:
+    """Encode the same pictures and the same sound in several ways; another seed gives others.
+
+    Raises ValueError when the specs differ in size, rate or number of pictures.
+    """
+    first, *others = specs.values()
+    for spec in others:
+        if _content(spec) != _content(first):
+            raise ValueError(
+                f"specs must ask for the same pictures, got {_content(first)} and {_content(spec)}"
+            )
     generator = np.random.default_rng(seed)
-    audio_rate = 48_000 if spec.audio_codec == "libopus" else AUDIO_RATE_HZ
-    with av.open(str(path), "w") as container:
+    with ExitStack() as stack:
+        writers = [
+            _Writer(stack.enter_context(av.open(str(path), "w")), spec) for path, spec in specs.items()
+        ]
+        for image_HW3 in moving_texture(first, generator):
+            for writer in writers:
+                writer.add_picture(image_HW3)
+        tone_seed = int(generator.integers(2**32))
+        for writer in writers:
+            writer.finish(np.random.default_rng(tone_seed))
+
+
+class _Writer:
+    """One file that is being encoded."""
+
+    def __init__(self, container: OutputContainer, spec: ClipSpec) -> None:
+        self._container, self._spec = container, spec
+        rate_hz = 48_000 if spec.audio_codec == "libopus" else AUDIO_RATE_HZ
         options = spec.options | {"g": str(spec.gop)}
-        video = cast("VideoStream", container.add_stream(spec.codec, rate=spec.rate, options=options))
-        video.width, video.height, video.pix_fmt = spec.width, spec.height, spec.pixel_format
-        video.bit_rate = spec.bits_per_second
-        audio = cast("AudioStream", container.add_stream(spec.audio_codec, rate=audio_rate, layout="stereo"))
-        for image_HW3 in moving_texture(spec, generator):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(image_HW3, format="rgb24")))
-        container.mux(video.encode(None))
-        _write_sound(container, audio, sound(spec.seconds, audio_rate, generator))
-    return path
+        self._video = cast("VideoStream", container.add_stream(spec.codec, rate=spec.rate, options=options))
+        self._video.width, self._video.height = spec.width, spec.height
+        self._video.pix_fmt, self._video.bit_rate = spec.pixel_format, spec.bits_per_second
+        audio = container.add_stream(spec.audio_codec, rate=rate_hz, layout="stereo")
+        self._audio = cast("AudioStream", audio)
+
+    def add_picture(self, image_HW3: np.ndarray) -> None:
+        self._container.mux(self._video.encode(av.VideoFrame.from_ndarray(image_HW3, format="rgb24")))
+
+    def finish(self, generator: np.random.Generator) -> None:
+        """Flush the pictures and add the sound."""
+        self._container.mux(self._video.encode(None))
+        samples = sound(self._spec.seconds, self._audio.rate, generator)
+        is_planar = self._audio.codec_context.format.name.endswith("p")
+        for start in range(0, samples.shape[1], _BLOCK_SAMPLES):
+            block = samples[:, start : start + _BLOCK_SAMPLES]
+            block = np.ascontiguousarray(block if is_planar else block.T.reshape(1, -1))
+            frame = av.AudioFrame.from_ndarray(block, format="fltp" if is_planar else "flt", layout="stereo")
+            frame.sample_rate = self._audio.rate
+            frame.time_base, frame.pts = Fraction(1, self._audio.rate), start
+            self._container.mux(self._audio.encode(frame))
+        self._container.mux(self._audio.encode(None))
+
+
+def _content(spec: ClipSpec) -> tuple[int, int, int, int]:
+    return spec.width, spec.height, spec.num_frames, spec.rate
 
 
 def moving_texture(spec: ClipSpec, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -145,16 +188,3 @@ def _sampled(layer_13HW: Tensor, x_HW: Tensor, y_HW: Tensor) -> Tensor:
     """The layer at fractional places, mirrored beyond its edges."""
     grid_1HW2 = torch.stack([x_HW, y_HW], dim=-1)[None]
     return functional.grid_sample(layer_13HW, grid_1HW2, padding_mode="reflection", align_corners=False)[0]
-
-
-def _write_sound(container: OutputContainer, audio: AudioStream, samples: np.ndarray) -> None:
-    kind = audio.codec_context.format.name
-    for start in range(0, samples.shape[1], _BLOCK_SAMPLES):
-        block = samples[:, start : start + _BLOCK_SAMPLES]
-        planar = kind.endswith("p")
-        block = np.ascontiguousarray(block if planar else block.T.reshape(1, -1))
-        frame = av.AudioFrame.from_ndarray(block, format="fltp" if planar else "flt", layout="stereo")
-        frame.sample_rate = audio.rate
-        frame.time_base, frame.pts = Fraction(1, audio.rate), start
-        container.mux(audio.encode(frame))
-    container.mux(audio.encode(None))

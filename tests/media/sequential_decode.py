@@ -1,4 +1,8 @@
-"""The judge: all pictures of a file, decoded one after the other and converted by swscale alone."""
+"""The judge: all pictures of a file, decoded one after the other and converted by swscale alone.
+
+Of 8-bit 4:2:0 pictures of even sizes swscale gets a copy that says nothing of where chroma samples lie: the engine and
+DALI take them to lie in the middle of four luma samples, whatever the stream says.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from torch import Tensor
 
@@ -49,12 +54,24 @@ def judge(path: Path, colour: str = "tag") -> Judged:
             if packet.pts is not None and not packet.is_discard:
                 starts.append(packet.pts)
             for frame in stream.decode(packet):
-                rgb = reformatter.reformat(frame, format="rgb24", src_colorspace=source, interpolation=FLAGS)
+                rgb = reformatter.reformat(
+                    without_siting(frame), format="rgb24", src_colorspace=source, interpolation=FLAGS
+                )
                 image_HWC = np.rot90(rgb.to_ndarray(), k=round(frame.rotation / 90))
                 images.append(torch.from_numpy(image_HWC.copy()))
                 stamps.append(frame.pts)
         rate, time_base = stream.average_rate or Fraction(25), stream.time_base or Fraction(1)
     return Judged(images=tuple(images), seconds=_seconds(stamps, min(starts, default=0), rate, time_base))
+
+
+def without_siting(frame: VideoFrame) -> VideoFrame:
+    """A copy without the place of chroma samples, where the engine ignores it; else the frame."""
+    is_even = frame.width % 2 == 0 and frame.height % 2 == 0
+    if frame.format.name not in ("yuv420p", "yuvj420p") or not is_even:
+        return frame
+    bare = VideoFrame.from_ndarray(frame.to_ndarray(), format=frame.format.name)
+    bare.colorspace, bare.color_range = frame.colorspace, frame.color_range
+    return bare
 
 
 def _seconds(

@@ -1,6 +1,8 @@
 """Decoded pictures as upright RGB.
 
-Chroma is interpolated bilinearly, as DALI does on either device, so that both decoders give the same frames.
+Chroma is interpolated bilinearly, and a chroma sample is taken to lie in the middle of four luma samples even where the
+stream says otherwise (H.264 mostly has it at their left): so DALI does on either device, and both decoders give the
+same frames. Pictures of other kinds than 8-bit 4:2:0 of even sizes, which only this decoder takes, keep their siting.
 """
 
 from collections.abc import Sequence

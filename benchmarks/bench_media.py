@@ -1,0 +1,173 @@
+"""From a clip's file to what the towers take: ours against torchcodec, decord and plain PyAV; and the feature cache.
+
+One clip of 10 s, 720p30, H.264 and AAC, by keyframe distance and number of frames k. Every reader ends with the same
+224 x 224 SigLIP pixels and Whisper log-mel (128 mels), computed by the same code, so that reading is the whole
+difference. One thread each. `--clips DIRECTORY` keeps the generated clips for the next run.
+
+Sections beside that: where a clip's time goes, two threads against one, DALI's CPU operators, and what it takes to
+serve a clip from the warm cache. On CUDA (`--device cuda`): thinned streams on NVDEC, by the number of decoders.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness import Bench, Variant, arguments, parse, require_green
+from media_cache import measure_cache, measure_cached_step
+from media_parts import measure_parts
+from media_peers import READERS, Media, Reader, exact_rgb, sequential_frames, sequential_pyav
+from media_work import ClipSpec, write_clips
+from omnigrpo.media.decode import decode, decode_each
+from omnigrpo.media.log_mel import whisper_log_mel
+from omnigrpo.media.pixels import siglip_pixels
+from omnigrpo.media.sampling import SamplingConfig
+from omnigrpo.schema import Clip, DecodedClip, Modality
+from report import Check, paired_ratio
+
+OWN_TESTS = tuple(f"tests/media/test_{name}.py" for name in ("decode", "pixels", "log_mel", "feature_cache"))
+BOTH: tuple[Modality, ...] = ("video", "audio")
+CASES = {(250, 8): 1.5, (30, 8): 1.35, (250, 32): 1.35, (30, 32): 1.35}
+"""Keyframe distance and k, and what torchcodec's and decord's time over ours must be at least."""
+TWO_THREADS = 1.8
+"""Clips/s of two threads over those of one, at least."""
+THREADED_CLIPS = 6
+TARGET_PEERS = ("torchcodec", "decord")
+SMOKE_SIZE = ClipSpec(width=160, height=96, num_frames=40)
+IMAGE_SIZE, NUM_MEL_BINS, CHUNK_SECONDS = 224, 128, 30
+WAVEFORM_EQUAL = 1e-5
+
+TowerInput = tuple[Tensor, Tensor]
+"""Pixels and log-mel."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    args = _arguments(argv)
+    require_green(OWN_TESTS)
+    bench = Bench("media", args)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            clips = _clips(args.clips or Path(directory), smoke=args.smoke)
+            readers = installed_readers(bench)
+            for (gop, k), target in CASES.items():
+                compare_readers(bench, readers, clips[gop], f"GOP {gop}, k={k}", k, target)
+            for gop in (250, 30):
+                section = f"parts of one clip, GOP {gop}, k=8"
+                measure_parts(bench, section, clips[gop], 8, ours, tower_input)
+            compare_threads(bench, [clips[250], clips[30]])
+            measure_cache(bench, smoke=args.smoke)
+            measure_cached_step(bench)
+    finally:
+        torch.set_num_threads(threads)
+    return bench.report()
+
+
+def installed_readers(bench: Bench) -> dict[str, Reader]:
+    """The peers that are here; a note says why the others are not."""
+    readers: dict[str, Reader] = {}
+    for name, make in READERS.items():
+        try:
+            readers[name] = make()
+        except ImportError as error:
+            bench.notes.append(f"{name} is left out: {error}; pip install -e '.[peers]'")
+    return readers
+
+
+def compare_readers(
+    bench: Bench, readers: Mapping[str, Reader], path: Path, case: str, k: int, target: float
+) -> None:
+    """One section: ours and every reader that is installed, on one clip."""
+    decoded = ours(path, k)
+    bench.checks += equality_checks(case, decoded, sequential_pyav()(path, k))
+    variants = [Variant(name="ours", run=lambda: tower_input(ours(path, k)))]
+    variants += [Variant(name=name, run=partial(_read, read, path, k)) for name, read in readers.items()]
+    timings = bench.compare(f"{case}: {decoded.num_pictures} pictures decoded by ours", variants)
+    for name in (peer for peer in TARGET_PEERS if peer in readers):
+        ratio = paired_ratio(timings[name].seconds, timings["ours"].seconds)
+        bench.checks.append(Check.at_least(f"{case}: {name}'s time / ours", ratio, target))
+
+
+def compare_threads(bench: Bench, paths: Sequence[Path]) -> None:
+    """Clips per second of one thread and of two, for clips of both kinds, 8 frames each."""
+    clips = [Clip(path=paths[at % len(paths)]) for at in range(THREADED_CLIPS)]
+
+    def run(num_workers: int) -> None:
+        decode_each(
+            clips, [BOTH] * len(clips), SamplingConfig(num_frames=8), tower_input, num_workers=num_workers
+        )
+
+    variants = [
+        Variant(name="two threads", run=partial(run, 2)),
+        Variant(name="one thread", run=partial(run, 1)),
+    ]
+    section = f"threads, {len(clips)} clips, k=8"
+    timings = bench.compare(section, variants, ideal_ratios={"one thread": 2.0})
+    ratio = paired_ratio(timings["one thread"].seconds, timings["two threads"].seconds)
+    bench.checks.append(Check.at_least("one thread's time / two threads'", ratio, TWO_THREADS))
+
+
+def ours(path: Path, k: int) -> DecodedClip:
+    """Decode one clip in one thread; SystemExit when it cannot be used."""
+    clip = decode([Clip(path=path)], [BOTH], SamplingConfig(num_frames=k)).clips[0]
+    if clip.error is not None:
+        raise SystemExit(f"the clip of the benchmark cannot be used: {clip.error}")
+    return clip
+
+
+def tower_input(clip: DecodedClip | Media) -> TowerInput:
+    """Pixels and log-mel, for every reader alike."""
+    assert clip.frames_FHWC is not None
+    assert clip.waveform is not None
+    return (
+        siglip_pixels(clip.frames_FHWC, image_size=IMAGE_SIZE, aspect="stretch"),
+        whisper_log_mel(clip.waveform, num_mel_bins=NUM_MEL_BINS, chunk_seconds=CHUNK_SECONDS),
+    )
+
+
+def _read(read: Callable[[Path, int], Media], path: Path, k: int) -> TowerInput:
+    return tower_input(read(path, k))
+
+
+def equality_checks(case: str, decoded: DecodedClip, sequential: Media) -> list[Check]:
+    """Ours against every picture decoded in order, converted by swscale, and against plain PyAV's sound."""
+    assert decoded.frames_FHWC is not None
+    assert decoded.waveform is not None
+    exact_FHWC = sequential_frames(decoded.clip.path, len(decoded.frames_FHWC), exact_rgb)
+    different = int((decoded.frames_FHWC != exact_FHWC).sum())
+    length = min(len(decoded.waveform), len(sequential.waveform))
+    sound = float((decoded.waveform[:length] - sequential.waveform[:length]).abs().max())
+    return [
+        Check.at_most(f"{case}: bytes that differ from sequential decoding", different, 0),
+        Check.at_most(f"{case}: |waveform - sequential|", sound, WAVEFORM_EQUAL),
+    ]
+
+
+def _clips(directory: Path, *, smoke: bool) -> dict[int, Path]:
+    """Clips by keyframe distance; those that lie in the directory are taken as they are."""
+    size = SMOKE_SIZE if smoke else ClipSpec()
+    paths = {gop: directory / f"{'smoke-' if smoke else ''}gop{gop}.mp4" for gop in (250, 30)}
+    specs = {path: replace(size, gop=gop) for gop, path in paths.items()}
+    if not all(path.exists() for path in specs):
+        write_clips(specs)
+    return paths
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--clips", type=Path, metavar="DIRECTORY", help="where generated clips stay")
+    args = parse(parser, argv)
+    if args.clips is not None and not args.clips.is_dir():
+        parser.error(f"--clips is {args.clips}, which is no directory: create it first")
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
