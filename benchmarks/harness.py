@@ -141,7 +141,11 @@ class Bench:
         return {
             "benchmark": self._name,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "settings": {name: value for name, value in vars(self._args).items() if name != "json"},
+            "settings": {
+                name: value
+                for name, value in vars(self._args).items()
+                if name != "json" and not isinstance(value, Path)
+            },
             "notes": self.notes,
             "machine": machine(self.device) | measured,
             "versions": versions(),
