@@ -24,7 +24,7 @@ from omnigrpo.runtime.side_stream import Handover, SideStream
 from omnigrpo.runtime.spans import Phase, SpanRecorder
 from omnigrpo.schema import Clip, ClipFeatures, ClipStatus, DecodedClip, Modality, Prompt
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 """Raised whenever decoding, pixels, log-mel or towers change what they compute: older cached features are void."""
 
 
