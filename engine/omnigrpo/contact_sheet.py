@@ -44,6 +44,8 @@ _MOST_FRAME_HEIGHT = 1.6
 _MOST_NAME = 60
 _CHARACTERS_PER_INCH = 15.0
 """Of the sentences' font, by which they are wrapped."""
+_TWO_PIXELS = 2 * 72 / DPI
+"""In points; other widths are blurred."""
 _LEAST_PEAK = 1e-3
 """Below it a waveform is silence, and not blown up."""
 
@@ -176,7 +178,7 @@ class _Sheet:
         if row.peaks_2C is not None and probe.sound_seconds is not None:
             _draw_wave(axes, row.peaks_2C, begin, begin + probe.sound_seconds)
         for at in probe.frames.seconds if probe.frames is not None else ():
-            axes.axvline(at, color=LIGHT.orange, linewidth=1.0)
+            axes.axvline(at, color=LIGHT.orange, linewidth=_TWO_PIXELS)
 
     def _axes(self, top: float, height: float) -> Axes:
         width, total = self._size
