@@ -11,12 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-sys.path.append(str(Path(__file__).parent / "media"))  # tests/ is no package.
-
 from clip_files import ClipRecipe, read_numbers, write_clip
 from mp4_boxes import set_rotation
+from PIL import Image
 
 from omnigrpo import cli, contact_sheet, probe
 from omnigrpo.contact_sheet import DPI, HEADER, LINK, MARGIN, STAMP, TITLE, WAVE
@@ -238,8 +235,9 @@ def _sheet(run, path: Path, *arguments: object) -> np.ndarray:
 
 
 def _is(picture_HWC: np.ndarray, colour: str, tolerance: int = 60) -> np.ndarray:
-    wanted = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)])
-    return np.abs(picture_HWC.astype(int) - wanted).sum(axis=2) <= tolerance
+    wanted = np.asarray([int(colour[at : at + 2], 16) for at in (1, 3, 5)])
+    distances = np.abs(picture_HWC.astype(int) - wanted).sum(axis=2)
+    return np.asarray(distances <= tolerance)
 
 
 def _pixel(inches: float) -> int:
@@ -270,14 +268,15 @@ def test_the_sheet_shows_the_frames_above_the_marks_on_the_waveform(run, clips: 
     assert read_numbers(_thumbnails(picture, 8, top, height, width)) == EIGHT_OF_50
     wave = top + height + _pixel(STAMP + LINK)
     band = picture[wave + 4 : wave + _pixel(WAVE) - 4]
-    marked = _is(band, LIGHT.orange).all(axis=0)
+    marked = np.asarray(_is(band, LIGHT.orange).all(axis=0))
     left, right = MARGIN * DPI, (MARGIN + 12.0) * DPI
     end = json.loads(run(clips / "good.mp4", "--json").out)[0]["sound_seconds"]
     places = [round(left + (right - left) * number / 25 / end) for number in EIGHT_OF_50]
     assert all(marked[place - 1 : place + 2].any() for place in places)
     runs = np.flatnonzero(np.diff(marked.astype(int)) == 1)
     assert len(runs) == 8
-    assert _is(band, LIGHT.blue).any(axis=0)[round(left) + 4 : round(right) - 40].mean() > 0.9
+    loud = np.asarray(_is(band, LIGHT.blue).any(axis=0))
+    assert loud[round(left) + 4 : round(right) - 40].mean() > 0.9
 
 
 def test_the_sheet_shows_late_sound_late_and_turned_pictures_upright(run, clips: Path, tmp_path: Path):
