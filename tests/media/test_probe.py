@@ -125,6 +125,16 @@ def test_indices_and_times_are_those_of_sequential_decoding(tmp_path: Path, clip
             assert probed.probe.is_sparse == clip.is_sparse
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_the_average_rate_of_a_variable_one(clip_file: ClipFile, name: str):
+    path = clip_file(name, stamps=[20 * i + 3 * i * i for i in range(50)])
+    probe = _probe(path).probe
+    assert probe.video is not None
+    assert probe.video.frames_per_second == pytest.approx(49 / (20 * 49 + 3 * 49 * 49) * 1000, rel=0.021)
+    assert probe.frames is not None
+    assert probe.frames.seconds == pytest.approx([(20 * i + 3 * i * i) / 1000 for i in EIGHT_OF_50], abs=1e-3)
+
+
 def test_a_window(clip_file: ClipFile):
     probe = _probe(clip_file("a.mkv"), start_seconds=0.6, end_seconds=1.4).probe
     assert probe.frames is not None

@@ -29,6 +29,8 @@ _UNKNOWN = "unknown"
 """Name of a codec that FFmpeg does not decode."""
 _SHORTER = {"matroska": "mkv", "mpegts": "ts", "mpeg": "mpg"}
 """The usual extension, where FFmpeg's name of a format is another."""
+_SAME_RATE = 0.02
+"""How far the headers' rate may be from the counted one, as a share."""
 _MICROSECONDS = 1_000_000
 """Per second; FFmpeg's unit of a container's duration."""
 
@@ -42,7 +44,7 @@ class VideoFacts:
     """Of the stored pictures, before they are turned upright."""
     height: int
     frames_per_second: float | None
-    """The average; None where no header tells."""
+    """The average: counted where all was read, else what the headers say; None where neither tells."""
     num_frames: int | None
     """Counted where the whole file was read, else what its header says; None where neither tells."""
     rotation_degrees: int | None
@@ -221,8 +223,9 @@ def _decoded(
             assert choice is not None, "decoding counts the pictures"
             video = described.video
             if video is not None:
-                counted = choice.num_pictures if clip.end_seconds is None else video.num_frames
-                video = replace(video, num_frames=counted, rotation_degrees=opened.frames.rotation_degrees)
+                video = replace(video, rotation_degrees=opened.frames.rotation_degrees)
+                if clip.end_seconds is None:  # Then all packets were read.
+                    video = _counted(video, choice)
             probe = replace(
                 probe,
                 video=video,
@@ -233,6 +236,15 @@ def _decoded(
         if opened.waveform is not None:
             probe = replace(probe, sound_seconds=len(opened.waveform) / sampling.sample_rate_hz)
         return ProbedClip(probe=probe, frames_FHWC=frames_FHWC, waveform=opened.waveform)
+
+
+def _counted(video: VideoFacts, choice: FrameChoice) -> VideoFacts:
+    """With the number of pictures, and the rate where the headers' is another: they guess it, or tell the first one."""
+    rate, told = video.frames_per_second, video.frames_per_second
+    if choice.num_pictures > 1 and choice.last_seconds > 0:
+        rate = (choice.num_pictures - 1) / choice.last_seconds
+    is_told = rate is not None and told is not None and abs(rate - told) <= _SAME_RATE * told
+    return replace(video, num_frames=choice.num_pictures, frames_per_second=told if is_told else rate)
 
 
 def _failed(clip: Clip, error: ClipError) -> ClipProbe:
