@@ -44,12 +44,15 @@ ALLOWED: dict[str, set[str]] = {
         "config", "data", "feature_source", "media", "model", "progress", "run", "schema",
     },
     "report": {"evaluate", "media", "metrics", "reward", "runtime", "schema"},
+    "probe_table": {"media"},
+    "contact_sheet": {"media", "probe_table", "report"},
+    "probe": {"contact_sheet", "media", "probe_table", "progress", "schema"},
     "info": {"omnigrpo_kernels"},
     "pretrain_towers": {"data", "media", "model"},
     "probe_towers": {"data", "media", "model", "schema"},
     "demo": {"config", "data", "evaluate", "metrics", "model", "progress", "report", "run"},
     "__main__": {"cli"},
-    "cli": {"config", "data", "demo", "encode_dataset", "info", "progress", "report", "run"},
+    "cli": {"config", "data", "demo", "encode_dataset", "info", "media", "probe", "progress", "report", "run"},
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""
 

@@ -147,6 +147,43 @@ def encode(
 
 
 @app.command()
+def probe(
+    files: Annotated[list[Path], typer.Argument(help="Media files; a directory stands for those below it.")],
+    frames: Annotated[int, typer.Option("--frames", "-k", min=1, help="Frames per clip.")] = 8,
+    min_frames: Annotated[int, typer.Option(min=1, help="Frames that a clip must have.")] = 2,
+    start: Annotated[float | None, typer.Option(help="Begin of the window, in seconds.")] = None,
+    end: Annotated[float | None, typer.Option(help="End of the window, in seconds.")] = None,
+    need: Annotated[
+        list[str] | None,
+        typer.Option(help="video or audio: what every file must have. Repeatable; default both."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds per file.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(help="PNG to write: the frames and the waveform of every file.")
+    ] = None,
+) -> None:
+    """Say what files hold, which frames a run would take, and why it cannot use some (exit status 1).
+
+    Every file is decoded as a run would do it, so that damage shows.
+    """
+    from omnigrpo.media.sampling import SamplingConfig
+    from omnigrpo.probe import ProbeConfig, modalities, run_probe
+
+    settings = ProbeConfig(
+        sampling=SamplingConfig(num_frames=frames, min_frames=min_frames),
+        needed=modalities(need or ["video", "audio"]),
+        start_seconds=start,
+        end_seconds=end,
+        timeout_seconds=timeout,
+        is_json=as_json,
+        contact_sheet=contact_sheet,
+    )
+    if not run_probe(files, settings):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write RUN/report.html: one self-contained page."""
     from omnigrpo.report.page import write_report

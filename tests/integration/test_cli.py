@@ -55,7 +55,7 @@ def test_help_lists_the_commands_at_once():
     assert answered - interpreter < 3
     shown = omnigrpo("--help")
     assert shown.returncode == 0
-    for command in ("demo", "generate-data", "sft", "train", "eval", "report", "info"):
+    for command in ("demo", "generate-data", "sft", "train", "eval", "probe", "report", "info"):
         assert command in shown.stdout
 
 

@@ -1,24 +1,34 @@
-"""Decodes randomly damaged files in a process of its own, so that a crash is seen and its file known.
+"""Decodes randomly damaged files in a process of its own, so that a crash or a hang is seen and its file known.
 
-Run as a script: ``decode_mutations.py DIRECTORY FIRST COUNT``. It prints each file's name before it is decoded, and
-at the end how often each status came, as JSON. The file that is decoded lies in the directory.
+Run as a script: ``decode_mutations.py DIRECTORY FIRST COUNT [--decoder NAME]``. It prints each file's name before it is
+decoded, alone and between good clips, and at the end how often each status came, as JSON. Files lie in the directory.
 """
 
+import argparse
 import faulthandler
 import json
-import sys
+import os
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from broken_files import GOOD, good_file
 
 from omnigrpo.media.decode import SamplingConfig, decode
-from omnigrpo.schema import Clip, ClipStatus
+from omnigrpo.schema import Clip, ClipStatus, DecodedClip, Modality
 
 Random = np.random.Generator
+Decode = Callable[[Sequence[Clip]], Sequence[DecodedClip]]
+
+BOTH: tuple[Modality, ...] = ("video", "audio")
 TIMEOUT_SECONDS = 60.0
+HANG_SECONDS = 150.0
+"""When a file counts as one that hangs where no watchdog helps: then this process ends, and shows its stacks."""
+GOOD_NAME = "behind.mp4"
 
 
 def mutation(number: int) -> tuple[str, bytes]:
@@ -105,22 +115,77 @@ def _place(content: bytearray, random: Random, room: int = 1) -> int:
     return int(random.integers(max(len(content) - room, 1)))
 
 
-def main(directory: Path, first: int, count: int) -> None:
+def by_pyav(clips: Sequence[Clip]) -> Sequence[DecodedClip]:
+    wanted = [BOTH] * len(clips)
+    return decode(clips, wanted, SamplingConfig(), num_workers=2, timeout_seconds=TIMEOUT_SECONDS).clips
+
+
+def that_crashes(clips: Sequence[Clip]) -> Sequence[DecodedClip]:
+    os.abort()
+
+
+def that_hangs(clips: Sequence[Clip]) -> Sequence[DecodedClip]:
+    threading.Event().wait()
+    return ()
+
+
+def that_harms_others(clips: Sequence[Clip]) -> Sequence[DecodedClip]:
+    black_FHWC = torch.zeros(8, 64, 96, 3, dtype=torch.uint8)
+    return [
+        replace(clip, frames_FHWC=black_FHWC) if clip.status is ClipStatus.OK else clip
+        for clip in by_pyav(clips)
+    ]
+
+
+DECODERS: dict[str, Decode] = {"pyav": by_pyav}
+BAD_DECODERS: dict[str, Decode] = {"crash": that_crashes, "hang": that_hangs, "harm": that_harms_others}
+"""What the test must notice; they come into play once the good clip is decoded."""
+
+
+def is_same(one: DecodedClip, other: DecodedClip) -> bool:
+    """Whether two results are equal, to the bit."""
+    tensors = ((one.frames_FHWC, other.frames_FHWC), (one.waveform, other.waveform))
+    are_equal = (a is b if a is None or b is None else torch.equal(a, b) for a, b in tensors)
+    return all(are_equal) and (one.status, one.error) == (other.status, other.error)
+
+
+def check(decode_clips: Decode, path: Path, good: DecodedClip) -> ClipStatus:
+    """Decode one damaged file alone and between good clips."""
+    bad = Clip(path=path)
+    (alone,) = decode_clips([bad])
+    before, between, behind = decode_clips([good.clip, bad, good.clip])
+    assert alone.status is not ClipStatus.TIMEOUT
+    is_whole = alone.frames_FHWC is not None and alone.waveform is not None
+    assert is_whole == (alone.status is ClipStatus.OK) == (alone.error is None)
+    assert is_same(between, alone), "it ends otherwise in a batch"
+    assert is_same(before, good), "a good clip of its batch is harmed"
+    assert is_same(behind, good), "a good clip of its batch is harmed"
+    return alone.status
+
+
+def main(directory: Path, first: int, count: int, decoder: str, hang_seconds: float) -> None:
+    path = directory / GOOD_NAME
+    path.write_bytes(good_file(GOOD_NAME))
+    (good,) = by_pyav([Clip(path=path)])
+    assert good.status is ClipStatus.OK
     statuses: Counter[ClipStatus] = Counter()
     for number in range(first, first + count):
         name, content = mutation(number)
         print(name, flush=True)
+        faulthandler.dump_traceback_later(hang_seconds, exit=True)
         path = directory / "file"
         path.write_bytes(content)
-        clip = decode(
-            [Clip(path=path)], [("video", "audio")], SamplingConfig(), timeout_seconds=TIMEOUT_SECONDS
-        ).clips[0]
-        is_whole = clip.frames_FHWC is not None and clip.waveform is not None
-        assert is_whole == (clip.status is ClipStatus.OK) == (clip.error is None), name
-        statuses[clip.status] += 1
+        statuses[check((DECODERS | BAD_DECODERS)[decoder], path, good)] += 1
+    faulthandler.cancel_dump_traceback_later()
     print(json.dumps(statuses))
 
 
 if __name__ == "__main__":
     faulthandler.enable()
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("first", type=int)
+    parser.add_argument("count", type=int)
+    parser.add_argument("--decoder", choices=[*DECODERS, *BAD_DECODERS], default="pyav")
+    parser.add_argument("--hang-seconds", type=float, default=HANG_SECONDS)
+    main(**vars(parser.parse_args()))

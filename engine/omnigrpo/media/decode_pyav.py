@@ -40,7 +40,7 @@ def open_clip(
     clip: Clip, wanted: Sequence[Modality], sampling: SamplingConfig, deadline: Deadline
 ) -> Iterator[OpenedClip]:
     """Demux a clip, decode its sound, and make its pictures ready; raises ClipError."""
-    with _open_file(clip.path) as file:
+    with open_file(clip.path) as file:
         digest = hash_open_clip(file, clip, deadline)
         with open_tracks(file, clip, deadline) as tracks:
             frames, waveform = None, None
@@ -111,7 +111,7 @@ def failed_clip(clip: Clip, error: ClipError, sampling: SamplingConfig) -> Decod
 
 
 @contextmanager
-def _open_file(path: Path) -> Iterator[BufferedReader]:
+def open_file(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file that is not empty, without waiting (as a pipe would make one wait)."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -31,6 +31,20 @@ class FramePlan:
     """Disjoint and ascending; between two of them the decoder starts anew."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrameChoice:
+    """Which pictures of a file become frames."""
+
+    indices: tuple[int, ...]
+    """Ordinal of each frame's picture among all pictures of the file, in the order in which they are shown."""
+    seconds: tuple[float, ...]
+    """When each is shown, after the file's first picture."""
+    last_seconds: float
+    """When the last picture of the window is shown."""
+    num_pictures: int
+    """Pictures of the file, as far as it was read: a little beyond the window's end."""
+
+
 def plan_frames(
     track: Track[VideoStream], references: ReferenceReader, window: Window, sampling: SamplingConfig
 ) -> FramePlan:

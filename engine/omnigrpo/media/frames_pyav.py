@@ -12,7 +12,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from omnigrpo.media.clip_error import ClipError, Deadline, OutOfStepError
-from omnigrpo.media.frame_plan import FramePlan, choose_frames, plan_frames
+from omnigrpo.media.frame_plan import FrameChoice, FramePlan, choose_frames, plan_frames, shown_stamps
 from omnigrpo.media.picture_rgb import RgbFrames
 from omnigrpo.media.reference_pictures import ReferenceReader
 from omnigrpo.media.sampling import SamplingConfig
@@ -47,6 +47,9 @@ class FrameDecoder:
             stream.codec_context.codec.canonical_name, stream.codec_context.extradata, track.packets
         )
         self._num_decoded = 0
+        self._counted: Sequence[int | None] | None = None
+        """Time stamps of all pictures in order, where they had to be counted."""
+        self._rotation_degrees = 0
         self._is_described_anew = False
         """Whether the decoder has met a second description; flushing does not bring the first one back."""
         self.plan = self._make_plan()
@@ -57,6 +60,35 @@ class FrameDecoder:
             return plan_frames(self._track, self._references, self._window, self._sampling)
         except OutOfStepError:
             return None
+
+    @property
+    def rotation_degrees(self) -> int:
+        """Clockwise quarter turns that set decoded pictures upright: 0, 90, 180 or 270."""
+        return self._rotation_degrees
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether pictures that no frame needs are left out; else all are decoded, to be counted."""
+        return self.plan is not None and self._counted is None
+
+    def choice(self) -> FrameChoice | None:
+        """Which frames are taken; None when the pictures must be counted and ``decode`` has not done so."""
+        if self._counted is not None:
+            seconds = self._frame_seconds(self._counted)
+            wanted = self._choose(self._counted)
+        elif self.plan is not None:
+            stamps = shown_stamps(self._track, self._references)
+            seconds = [stamp * self._track.time_base for stamp in stamps]
+            wanted = [stamps.index(pts) for pts in self.plan.wanted]
+        else:
+            return None
+        origin = self._window.origin_seconds
+        return FrameChoice(
+            indices=tuple(wanted),
+            seconds=tuple(round(float(seconds[index]) - origin, 6) for index in wanted),
+            last_seconds=round(float(max(at for at in seconds if at in self._window)) - origin, 6),
+            num_pictures=len(seconds),
+        )
 
     def decode(self) -> Pictures:
         """Return ``sampling.num_frames`` frames, turned upright as the file's rotation says.
@@ -107,6 +139,7 @@ class FrameDecoder:
         """
         guess = self._guess()
         frames, stamps = self._numbered(guess)
+        self._counted = stamps
         wanted = self._choose(stamps)
         if wanted != guess:
             frames, _ = self._numbered(wanted)
@@ -168,6 +201,8 @@ class FrameDecoder:
             else:
                 codec.skip_frame = "DEFAULT"
             for frame in stream.decode(packet):
+                if size is None:
+                    self._rotation_degrees = round(-frame.rotation / 90) % 4 * 90
                 self._num_decoded += 1
                 size = _checked_size(frame, size)
                 yield frame

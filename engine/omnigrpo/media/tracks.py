@@ -86,6 +86,30 @@ class Tracks:
     window: Window
 
 
+def open_container(file: BufferedReader, deadline: Deadline) -> InputContainer:
+    """Open a file for demuxing without decoding more than it takes to tell its streams; raises FFmpegError."""
+    seconds = deadline.timeout_seconds
+    return av.open(
+        file,
+        mode="r",
+        options=_ALONE | (_HEADERS_ONLY if has_stream_table(file) else _WITH_PICTURES),
+        buffer_size=_IO_BUFFER_BYTES,
+        metadata_errors="replace",
+        timeout=(seconds, seconds),
+    )
+
+
+def video_stream(container: InputContainer) -> VideoStream | None:
+    """The first video stream that is no cover picture."""
+    videos = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
+    return next(videos, None)
+
+
+def audio_stream(container: InputContainer) -> AudioStream | None:
+    """The first audio stream."""
+    return next(iter(container.streams.audio), None)
+
+
 @contextmanager
 def open_tracks(file: BufferedReader, clip: Clip, deadline: Deadline) -> Iterator[Tracks]:
     """Demux an open file; the tracks can be decoded while the context is open.
@@ -95,16 +119,8 @@ def open_tracks(file: BufferedReader, clip: Clip, deadline: Deadline) -> Iterato
     """
     missing = shortfall(file)
     misfit = hole(file) if missing is None else None
-    seconds = deadline.timeout_seconds
     try:
-        container = av.open(
-            file,
-            mode="r",
-            options=_ALONE | (_HEADERS_ONLY if has_stream_table(file) else _WITH_PICTURES),
-            buffer_size=_IO_BUFFER_BYTES,
-            metadata_errors="replace",
-            timeout=(seconds, seconds),
-        )
+        container = open_container(file, deadline)
     except FFmpegError as error:
         if missing is not None:
             raise ClipError(ClipStatus.TRUNCATED, f"is truncated: {missing}") from error
@@ -124,11 +140,10 @@ def _demux(
     container: InputContainer, clip: Clip, deadline: Deadline
 ) -> tuple[Track[VideoStream] | None, Track[AudioStream] | None, FFmpegError | None]:
     """Read the packets of the first real video stream and the first audio stream, until a failure."""
-    videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    audios = container.streams.audio
+    pictures, sound = video_stream(container), audio_stream(container)
     timed = container.format.name not in _WITHOUT_DISPLAY_TIMES
-    video = Track(stream=videos[0], packets=[], has_display_times=timed) if videos else None
-    audio = Track(stream=audios[0], packets=[], has_display_times=timed) if audios else None
+    video = Track(stream=pictures, packets=[], has_display_times=timed) if pictures else None
+    audio = Track(stream=sound, packets=[], has_display_times=timed) if sound else None
     tracks = {track.stream.index: track for track in (video, audio) if track is not None}
     if not tracks:
         return None, None, None
