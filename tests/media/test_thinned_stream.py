@@ -72,12 +72,11 @@ def test_the_frames_of_the_whole_clip(tmp_path: Path, clip: MatrixClip):
                 with pytest.raises(NotThinnableError, match="is coded as"):
                     _thinned(asked, num_frames)
                 continue
-            try:
-                thinned = _thinned(asked, num_frames)
-            except NotThinnableError as error:
-                assert clip.name in CHANGING
-                assert "describes its codec anew" in str(error)
+            if clip.name in CHANGING and end is None:
+                with pytest.raises(NotThinnableError, match="describes its codec anew"):
+                    _thinned(asked, num_frames)
                 continue
+            thinned = _thinned(asked, num_frames)
             assert (thinned is None) == (not clip.is_sparse)
             if thinned is None:
                 continue

@@ -10,6 +10,8 @@ from typing import Literal
 
 from av.packet import Packet
 
+from omnigrpo.media.picture_headers import vp9_starts
+
 _H264_IDR, _H264_SEI, _H264_SLICES = 5, 6, range(1, 6)
 _HEVC_RANDOM_ACCESS, _HEVC_SLICES, _HEVC_SUB_LAYER_NON_REFERENCE = range(16, 24), range(32), range(0, 15, 2)
 _H264_PARAMETERS, _HEVC_PARAMETERS = (7, 8), (32, 33, 34)
@@ -298,15 +300,9 @@ def _shows_vp9_again(packet: Packet) -> bool:
 
 
 def _vp9_headers(packet: Packet) -> list[int]:
-    """First byte of each frame; a superframe ends in an index of its frames' sizes (annex B)."""
+    """First byte of each frame."""
     data = bytes(packet)
-    marker, starts = data[-1], [0]
-    if marker & 0xE0 == 0xC0:
-        width, number = (marker >> 3 & 3) + 1, (marker & 7) + 1
-        index = data[-(1 + width * number) : -1]
-        sizes = [int.from_bytes(index[at : at + width], "little") for at in range(0, len(index), width)]
-        starts = [sum(sizes[:at]) for at in range(number)]
-    return [data[start] for start in starts if start < len(data)]
+    return [data[start] for start in vp9_starts(data)]
 
 
 def _shows_vp9(header: int) -> bool:

@@ -13,7 +13,10 @@ from av.container import OutputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from omnigrpo.media import picture_headers
+from omnigrpo.media.codec_description import sequence_sets
 from omnigrpo.media.frame_plan import FramePlan, Run
+from omnigrpo.media.picture_headers import differing
 from omnigrpo.media.reference_pictures import ReferenceReader
 from omnigrpo.media.tracks import Track
 
@@ -65,28 +68,45 @@ def thin(track: Track[VideoStream], plan: FramePlan, references: ReferenceReader
     is spliced (ITU-T H.265, 7.4.2.2). What is stored after such a picture and shown before it is left out.
 
     Raises:
-        NotThinnableError: the codec is not known, its parameters change on the way, or time stamps repeat.
+        NotThinnableError: the codec is not known, pictures are or may be of several sizes or formats, or time stamps
+            repeat.
     """
-    stream_format = _FORMATS.get(track.stream.codec_context.codec.canonical_name)
-    if stream_format is None:
-        raise NotThinnableError(f"is coded as {track.stream.codec_context.codec.canonical_name}")
+    codec = track.stream.codec_context.codec.canonical_name
+    if codec not in _FORMATS:
+        raise NotThinnableError(f"is coded as {codec}")
     kept = [
         item
         for run in _clean_runs(plan.runs, track.packets, references)
         for item in _needed(track.packets[run.first : run.stop], set(plan.wanted), references)
     ]
-    if any(references.changes_parameters(item.packet) for item in kept):
-        raise NotThinnableError("describes its codec anew on the way")
+    _check_uniform(track.stream, [item.packet for item in kept], references)
     stamps = [item.packet.pts for item in kept if item.packet.pts is not None]
     ranks = {pts: rank for rank, pts in enumerate(sorted(stamps))}
     if len(ranks) < len(kept):
         raise NotThinnableError("repeats time stamps")
     order = [ranks[pts] for pts in stamps]
     return ThinnedStream(
-        content=_file(track.stream, stream_format, kept, order, references),
+        content=_file(track.stream, _FORMATS[codec], kept, order, references),
         frames=tuple(ranks[pts] for pts in plan.wanted),
         num_packets=len(kept),
     )
+
+
+def _check_uniform(stream: VideoStream, packets: Sequence[Packet], references: ReferenceReader) -> None:
+    """Raise NotThinnableError unless all pictures are of the size and format that the file will say."""
+    codec = stream.codec_context
+    name = codec.codec.canonical_name
+    if any(references.changes_parameters(packet) for packet in packets):
+        raise NotThinnableError("describes its codec anew on the way")
+    if name in picture_headers.CODECS:
+        try:
+            is_uniform = not differing(name, packets, codec.width, codec.height)
+        except ValueError as error:
+            raise NotThinnableError(f"has a damaged picture: {error}") from error
+    else:
+        is_uniform = len(sequence_sets(name, codec.extradata or b"")) == 1
+    if not is_uniform:
+        raise NotThinnableError("has or may have pictures of several sizes or formats")
 
 
 def _clean_runs(
