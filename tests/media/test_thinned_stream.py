@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from clip_edits import append_packets
 from clip_files import ClipRecipe, write_clip
 from clip_matrix import MATRIX, MatrixClip, write
 from sequential_decode import Judged, judge
@@ -38,7 +40,7 @@ def _opened(clip: Clip, num_frames: int) -> Iterator[FrameDecoder]:
 def _thinned(clip: Clip, num_frames: int) -> ThinnedStream | None:
     """None where pictures must be counted."""
     with _opened(clip, num_frames) as frames:
-        return None if frames.plan is None else thin(frames.track, frames.plan, frames.references)
+        return None if frames.plan is None else thin(frames)
 
 
 def _decoded(thinned: ThinnedStream, directory: Path) -> Judged:
@@ -115,7 +117,29 @@ def test_the_packets_of_the_clip_stay_as_they_are(tmp_path: Path):
     with _opened(Clip(path=path), 8) as frames:
         before = [(bytes(packet), packet.pts, packet.dts) for packet in frames.track.packets]
         expected = frames.decode().frames_FHWC
-        assert frames.plan is not None
-        thin(frames.track, frames.plan, frames.references)
+        thin(frames)
         assert [(bytes(packet), packet.pts, packet.dts) for packet in frames.track.packets] == before
         assert torch.equal(frames.decode().frames_FHWC, expected)
+
+
+@pytest.mark.parametrize("name", ["vp8.webm", "vp9.webm", "mjpeg.mov"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_pictures_of_another_size_than_the_header_says_are_refused(tmp_path: Path, name: str, width: int):
+    """DALI's buffers are as large as the header says: what does not fit would be written beyond them."""
+    recipe = next(clip for clip in MATRIX if clip.name == name).recipe
+    path, other = (
+        write_clip(tmp_path / f"{number}.{name}", replace(recipe, width=size, tone_hertz=None))
+        for number, size in enumerate((96, width))
+    )
+    append_packets(path, other)
+    for num_frames in (2, 8):
+        with _opened(Clip(path=path), num_frames) as frames:
+            frames.look()
+            with pytest.raises(NotThinnableError, match="several sizes"):
+                thin(frames)
+
+
+def test_pictures_that_must_be_counted_are_refused(tmp_path: Path):
+    path = write(next(clip for clip in MATRIX if clip.name == "h264.avi"), tmp_path)
+    with _opened(Clip(path=path), 8) as frames, pytest.raises(NotThinnableError, match="must be counted"):
+        thin(frames)

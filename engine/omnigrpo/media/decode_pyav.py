@@ -1,4 +1,4 @@
-"""One clip from its file to frames and waveform, on the CPU.
+"""One clip from its file to sound and compressed pictures, and its result.
 
 PyAV's logging stays off: with it on, a damaged file and a multi-threaded decoder wait for each other forever.
 """
@@ -64,18 +64,6 @@ def _check_codec(track: Track[VideoStream] | Track[AudioStream]) -> None:
             ClipStatus.UNSUPPORTED_CODEC,
             f"has {track.stream.type} of a codec without a decoder; re-encode it, as H.264 and AAC for example",
         )
-
-
-def decode_clip(
-    clip: Clip, wanted: Sequence[Modality], sampling: SamplingConfig, deadline: Deadline
-) -> DecodedClip:
-    """Decode what is wanted of one clip; bad input becomes a status and a sentence, never an exception."""
-    try:
-        with open_clip(clip, wanted, sampling, deadline) as opened:
-            pictures = opened.frames.decode() if opened.frames is not None else None
-            return decoded_clip(clip, opened, pictures, sampling)
-    except ClipError as error:
-        return failed_clip(clip, error, sampling)
 
 
 def decoded_clip(

@@ -46,7 +46,8 @@ class FrameDecoder:
         self.references = ReferenceReader(
             stream.codec_context.codec.canonical_name, stream.codec_context.extradata, track.packets
         )
-        self._header_size = stream.codec_context.width, stream.codec_context.height
+        self.header_size = stream.codec_context.width, stream.codec_context.height
+        """Width and height that the file says; its pictures may say others."""
         self._num_decoded = 0
         self._is_described_anew = False
         """Whether the decoder has met a second description; flushing does not bring the first one back."""
@@ -193,7 +194,7 @@ class FrameDecoder:
 
     def _undecodable(self, error: FFmpegError) -> ClipError:
         """Why pictures of the size that the file's header gives are not there."""
-        width, height = self._header_size
+        width, height = self.header_size
         if width * height > MAX_PIXELS:
             return ClipError(
                 ClipStatus.UNSUPPORTED_CODEC,

@@ -27,7 +27,7 @@ class PictureHeader:
     width: int
     height: int
     sample_format: tuple[int, ...]
-    """Profile, bit depth, chroma subsampling, ...: equal for pictures of one format."""
+    """Profile, bit depth, colours, chroma subsampling: equal for pictures of one format."""
 
 
 def read_headers(codec: str, packet: Packet) -> list[PictureHeader]:
@@ -129,7 +129,7 @@ def _vp9(data: bytes) -> PictureHeader | None:
 def _vp9_intra(bits: _Bits, profile: int, *, is_keyframe: bool) -> PictureHeader:
     if bits(24) != _VP9_SYNC:
         raise ValueError("a frame has no sync code")
-    sample_format = _vp9_colours(bits, profile) if is_keyframe or profile > 0 else (0,)
+    sample_format = _vp9_colours(bits, profile) if is_keyframe or profile > 0 else (profile,)
     if not is_keyframe:
         bits(8)
     width, height = bits(16) + 1, bits(16) + 1
@@ -137,11 +137,12 @@ def _vp9_intra(bits: _Bits, profile: int, *, is_keyframe: bool) -> PictureHeader
 
 
 def _vp9_colours(bits: _Bits, profile: int) -> tuple[int, ...]:
-    """Profile, and what it leaves open: bit depth and chroma subsampling."""
-    depth = (bits(),) if profile >= 2 else ()
-    is_rgb = bits(3) == _VP9_RGB
-    if not is_rgb:
-        bits()
-    if profile in (0, 2):
-        return (profile, *depth)
-    return (profile, *depth, int(is_rgb), bits() if is_rgb else bits(3))
+    """Profile, and what it leaves open: bit depth, matrix, range and chroma subsampling."""
+    depth = bits() if profile >= 2 else 0
+    matrix = bits(3)
+    is_rgb = matrix == _VP9_RGB
+    value_range = 1 if is_rgb else bits()
+    subsampling = 0
+    if profile in (1, 3):
+        subsampling = bits() if is_rgb else bits(3)
+    return (profile, depth, matrix, value_range, subsampling)

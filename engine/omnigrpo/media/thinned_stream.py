@@ -15,10 +15,10 @@ from av.video.stream import VideoStream
 
 from omnigrpo.media import picture_headers
 from omnigrpo.media.codec_description import sequence_sets
-from omnigrpo.media.frame_plan import FramePlan, Run
+from omnigrpo.media.frame_plan import Run
+from omnigrpo.media.frames_pyav import FrameDecoder
 from omnigrpo.media.picture_headers import differing
 from omnigrpo.media.reference_pictures import ReferenceReader
-from omnigrpo.media.tracks import Track
 
 _FORMATS = {
     "h264": "mp4",
@@ -59,8 +59,8 @@ class _Kept:
     """Whether it is the first one of a run. Only these are marked as keyframes, so that no reader begins at another."""
 
 
-def thin(track: Track[VideoStream], plan: FramePlan, references: ReferenceReader) -> ThinnedStream:
-    """Keep the runs of a plan of progressive pictures, without the disposable ones that are not wanted.
+def thin(frames: FrameDecoder) -> ThinnedStream:
+    """Keep the runs of a clip's plan, of progressive pictures, without the disposable ones that are not wanted.
 
     Where a run begins, the decoder goes on from the run before without being told. So each begins with a picture
     that makes it forget the ones before: runs of H.264 that begin in an open group are prolonged to the last IDR
@@ -68,9 +68,12 @@ def thin(track: Track[VideoStream], plan: FramePlan, references: ReferenceReader
     is spliced (ITU-T H.265, 7.4.2.2). What is stored after such a picture and shown before it is left out.
 
     Raises:
-        NotThinnableError: the codec is not known, pictures are or may be of several sizes or formats, or time stamps
-            repeat.
+        NotThinnableError: pictures must be counted, the codec is not known, pictures are or may be of several sizes or
+            formats, or time stamps repeat.
     """
+    track, plan, references = frames.track, frames.plan, frames.references
+    if plan is None:
+        raise NotThinnableError("has pictures that must be counted")
     codec = track.stream.codec_context.codec.canonical_name
     if codec not in _FORMATS:
         raise NotThinnableError(f"is coded as {codec}")
@@ -79,7 +82,7 @@ def thin(track: Track[VideoStream], plan: FramePlan, references: ReferenceReader
         for run in _clean_runs(plan.runs, track.packets, references)
         for item in _needed(track.packets[run.first : run.stop], set(plan.wanted), references)
     ]
-    _check_uniform(track.stream, [item.packet for item in kept], references)
+    _check_uniform(frames, [item.packet for item in kept])
     stamps = [item.packet.pts for item in kept if item.packet.pts is not None]
     ranks = {pts: rank for rank, pts in enumerate(sorted(stamps))}
     if len(ranks) < len(kept):
@@ -92,15 +95,15 @@ def thin(track: Track[VideoStream], plan: FramePlan, references: ReferenceReader
     )
 
 
-def _check_uniform(stream: VideoStream, packets: Sequence[Packet], references: ReferenceReader) -> None:
-    """Raise NotThinnableError unless all pictures are of the size and format that the file will say."""
-    codec = stream.codec_context
+def _check_uniform(frames: FrameDecoder, packets: Sequence[Packet]) -> None:
+    """Raise NotThinnableError unless all pictures are of one format, and of the size that the file says."""
+    codec = frames.track.stream.codec_context
     name = codec.codec.canonical_name
-    if any(references.changes_parameters(packet) for packet in packets):
+    if any(frames.references.changes_parameters(packet) for packet in packets):
         raise NotThinnableError("describes its codec anew on the way")
     if name in picture_headers.CODECS:
         try:
-            is_uniform = not differing(name, packets, codec.width, codec.height)
+            is_uniform = not differing(name, packets, *frames.header_size)
         except ValueError as error:
             raise NotThinnableError(f"has a damaged picture: {error}") from error
     else:
