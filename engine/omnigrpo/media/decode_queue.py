@@ -93,6 +93,7 @@ class DecodeQueue:
                 if request in self._waiting:
                     self._waiting.remove(request)
         if request.outcome is not None:
+            deadline.check()
             self._return(index)
         return request.outcome
 
