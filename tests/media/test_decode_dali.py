@@ -1,6 +1,7 @@
 """DALI's frames are PyAV's: by its operators for the CPU bit for bit, and what it cannot decode exactly it refuses."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from mp4_boxes import set_rotation
 from torch import Tensor
 
 from omnigrpo.media.clip_error import Deadline
-from omnigrpo.media.decode import Decoder, decode
+from omnigrpo.media.decode import Decoder, decode, decode_each
 from omnigrpo.media.decode_dali import DaliClip, DaliDecoder, DaliFailure, NotForDaliError, prepare
 from omnigrpo.media.decode_pyav import open_clip
 from omnigrpo.media.frames_pyav import FrameDecoder
@@ -243,6 +244,29 @@ def test_many_clips_keep_their_order_and_their_frames(tmp_path: Path, decoder: D
         assert mine.content_hash == other.content_hash
         assert torch.equal(_frames(mine), _frames(other))
     assert {clip.decoder for clip in ours} >= {"dali"}
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "both"])
+def test_an_error_in_what_follows_leaves_no_thread_waiting(tmp_path: Path, decoder: Decoder):
+    path, num_calls = _write(tmp_path, "vp8.webm", num_frames=5), iter(range(99))
+
+    def fail_at_the_third(clip: DecodedClip) -> None:
+        if next(num_calls) == 2:
+            raise RuntimeError(f"no use for {clip.clip.path}")
+
+    with pytest.raises(RuntimeError, match="no use for"):
+        decode_each(
+            [Clip(path=path)] * 30,
+            [VIDEO] * 30,
+            SamplingConfig(),
+            fail_at_the_third,
+            num_workers=2,
+            decoder=decoder,
+        )
+    threads = [thread for thread in threading.enumerate() if thread.name == "decode"]
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_pyav_takes_back_what_waits_for_dali(tmp_path: Path):

@@ -4,9 +4,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 from typing import Literal, TypeVar, get_args
 
 import torch
+from av.audio.stream import AudioStream
+from torch import Tensor
 
 from omnigrpo.media.clip_error import ClipError, Deadline, timeout_error
 from omnigrpo.media.decode_dali import (
@@ -17,10 +20,13 @@ from omnigrpo.media.decode_dali import (
     require_dali,
     unsupported_codec,
 )
+from omnigrpo.media.decode_pyav import decode_sound as sound_by_pyav
 from omnigrpo.media.decode_pyav import decoded_clip, failed_clip, open_clip
 from omnigrpo.media.decode_queue import DaliWork, DecodeQueue
 from omnigrpo.media.frames_pyav import FrameDecoder, Pictures
 from omnigrpo.media.sampling import SamplingConfig
+from omnigrpo.media.sound_dali import decode_waveform_by_dali, is_for_dali
+from omnigrpo.media.tracks import Track, Window
 from omnigrpo.media.watched_threads import run_watched
 from omnigrpo.schema import Clip, ClipStatus, DecodedBatch, DecodedClip, Modality
 
@@ -120,13 +126,16 @@ def decode_each(
         queue.release(index)
         return then(failed_clip(clips[index], timeout_error(timeout_seconds), sampling))
 
-    return run_watched(
-        [partial(one, *task) for task in zip(range(len(clips)), clips, wanted, strict=True)],
-        num_threads=queue.num_threads,
-        timeout_seconds=timeout_seconds,
-        on_timeout=give_up,
-        admit=queue.admit,
-    )
+    try:
+        return run_watched(
+            [partial(one, *task) for task in zip(range(len(clips)), clips, wanted, strict=True)],
+            num_threads=queue.num_threads,
+            timeout_seconds=timeout_seconds,
+            on_timeout=give_up,
+            admit=queue.admit,
+        )
+    finally:
+        queue.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +153,8 @@ class _Work:
     ) -> DecodedClip:
         """Decode one clip that has a slot; bad input becomes a status and a sentence, never an exception."""
         try:
-            with open_clip(clip, modalities, self.sampling, deadline) as opened:
+            decode_sound = sound_by_pyav if self.dali is None else partial(_sound_by_dali, clip)
+            with open_clip(clip, modalities, self.sampling, deadline, decode_sound) as opened:
                 pictures = None
                 if opened.frames is not None:
                     pictures = self._by_dali(index, clip, opened.frames, deadline) or opened.frames.decode()
@@ -180,6 +190,25 @@ class _Work:
                 ClipStatus.UNSUPPORTED_CODEC,
                 f"{reason}: set media.decoder to 'auto' or 'pyav', or decode on a GPU",
             )
+
+
+def _sound_by_dali(
+    clip: Clip,
+    file: BufferedReader,
+    track: Track[AudioStream],
+    window: Window,
+    sample_rate_hz: int,
+    deadline: Deadline,
+) -> Tensor:
+    """By DALI what it gives as FFmpeg does, the rest by FFmpeg."""
+    if is_for_dali(track):
+        waveform = decode_waveform_by_dali(file, track, window, sample_rate_hz, deadline)
+        if isinstance(waveform, Tensor):
+            return waveform
+        _log.warning(
+            "DALI could not decode the sound of %s, PyAV decodes it instead: %s", clip.path, waveform.reason
+        )
+    return sound_by_pyav(file, track, window, sample_rate_hz, deadline)
 
 
 def _dali_work(

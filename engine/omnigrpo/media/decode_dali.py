@@ -59,6 +59,16 @@ class DaliFailure:
     """DALI's own words."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DaliSound:
+    """The samples of a sound file."""
+
+    samples_TC: np.ndarray
+    """float32 ``[samples, channels]``."""
+    sample_rate_hz: int
+    """The file's own."""
+
+
 def is_installed() -> bool:
     """Whether ``nvidia.dali`` is there; it is not imported."""
     # The namespace package ``nvidia`` comes with any CUDA wheel, and is missing without one.
@@ -168,6 +178,20 @@ class DaliDecoder:
             if len(clips) == 1:
                 return [DaliFailure(reason=str(error))]
         return [self.decode([clip])[0] for clip in clips]
+
+    def decode_sound(self, content: bytes) -> DaliSound | DaliFailure:
+        """All samples of a file in WAV, FLAC or Ogg, at its own rate."""
+        try:
+            with self._context:
+                file = self._ndd.as_batch([np.frombuffer(content, np.uint8)])
+                samples, rates = self._ndd.decoders.audio(file, dtype=self._ndd.float32)
+                samples_TC = samples.evaluate().tensors[0].torch(copy=True).numpy()
+                rate = rates.evaluate().tensors[0].torch(copy=True).item()
+        except (RuntimeError, MemoryError) as error:
+            return DaliFailure(reason=str(error))
+        if samples_TC.size == 0:
+            return DaliFailure(reason="it reads no samples")
+        return DaliSound(samples_TC=samples_TC.reshape(len(samples_TC), -1), sample_rate_hz=round(rate))
 
     def _decode(self, clips: Sequence[DaliClip]) -> list[Tensor]:
         ndd = self._ndd

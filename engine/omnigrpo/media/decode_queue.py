@@ -55,6 +55,7 @@ class DecodeQueue:
         self._waiting: list[_Request] = []
         self._is_busy = self._is_hanging = False
         """Of DALI."""
+        self._is_closed = False
 
     @property
     def num_threads(self) -> int:
@@ -73,6 +74,12 @@ class DecodeQueue:
         """Give a clip's slot back, if it has one."""
         with self._changed:
             self._slots.discard(index)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody wait for a slot any more: the call is over, with its results or with an error."""
+        with self._changed:
+            self._is_closed = True
             self._changed.notify_all()
 
     def decode_by_dali(self, index: int, clip: DaliClip, deadline: Deadline) -> Tensor | DaliFailure | None:
@@ -98,6 +105,8 @@ class DecodeQueue:
         return request.outcome
 
     def _may_open(self) -> bool:
+        if self._is_closed:
+            return True
         is_clogged = (
             self._dali is not None and self._dali.is_shared and len(self._waiting) > self._dali.num_threads
         )
@@ -160,7 +169,7 @@ class DecodeQueue:
     def _return(self, index: int) -> None:
         with self._changed:
             self._num_returning += 1
-            self._changed.wait_for(self._has_slot)
+            self._changed.wait_for(lambda: self._is_closed or self._has_slot())
             self._num_returning -= 1
             self._slots.add(index)
             self._changed.notify_all()
