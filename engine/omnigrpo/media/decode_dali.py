@@ -20,6 +20,7 @@ from torch import Tensor
 
 from omnigrpo.media.clip_error import ClipError, OutOfStepError
 from omnigrpo.media.frames_pyav import FrameDecoder
+from omnigrpo.media.load_dali import load_dali
 from omnigrpo.media.sampling import Colour
 from omnigrpo.media.thinned_stream import NotThinnableError, ThinnedStream, thin
 from omnigrpo.media.tracks import MAX_PIXELS
@@ -161,11 +162,8 @@ class DaliDecoder:
     """Decodes batches of clips; used by one thread at a time."""
 
     def __init__(self, device: torch.device, num_threads: int) -> None:
-        require_dali()
-        import nvidia.dali.experimental.dynamic as ndd
-
-        self._ndd, self._device = ndd, device
-        self._context = ndd.EvalContext(num_threads=num_threads, device_id=device.index)
+        self._ndd, self._device = load_dali(), device
+        self._context = self._ndd.EvalContext(num_threads=num_threads, device_id=device.index)
 
     def decode(self, clips: Sequence[DaliClip]) -> list[Tensor | DaliFailure]:
         """uint8 RGB ``[F, height, width, 3]`` of each clip on the device, upright and ready for any CUDA stream.
