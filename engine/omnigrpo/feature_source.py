@@ -142,8 +142,8 @@ class FeatureSource:
         )
         if config.decoder in ("dali", "both"):
             require_dali()
-        # The decoder is no part of it: on the CPU frames are equal, on a GPU within 2/255, and with "both" a clip may go
-        # either way. Its features are computed once and stay what the run was trained on.
+        # The decoder is no part of it: on the CPU frames are equal, on a GPU within 2/255, and with "both" a clip may
+        # go either way. Its features are computed once and stay what the run was trained on.
         geometry = f"{model.config.vision}/{model.config.audio}"
         self._recipe = (
             f"{RECIPE_VERSION}/{tower_hash}/{geometry}/{config.aspect}/{config.min_frames}/{config.colour}"
@@ -309,7 +309,7 @@ class FeatureSource:
             self._stream.to_device(torch.stack(mels)) if mels else None,
         )
 
-    def _on_one_device(self, pixels: Sequence[Tensor]) -> Tensor:
+    def _on_one_device(self, pixels: list[Tensor]) -> Tensor:
         """The pixels of several clips in one tensor, on the model's device; some may be there already."""
         if not any(pixels_F3SS.is_cuda for pixels_F3SS in pixels):
             return self._stream.to_device(torch.stack(pixels))

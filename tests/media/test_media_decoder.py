@@ -117,6 +117,9 @@ def test_features_of_a_model_on_a_gpu(builders: ModuleType, prompts: list[Prompt
         source.close()
     for ours, expected in zip(*features, strict=True):
         assert isinstance(ours, ClipFeatures)
+        assert isinstance(expected, ClipFeatures)
+        assert ours.vision_FND is not None
+        assert expected.vision_FND is not None
         assert ours.vision_FND.is_cuda
         scale = expected.vision_FND.abs().max()
         assert (ours.vision_FND - expected.vision_FND).abs().max() <= 0.05 * scale

@@ -51,7 +51,7 @@ def _decoded(thinned: ThinnedStream, directory: Path) -> Judged:
 
 def _assert_well_formed(thinned: ThinnedStream):
     """One picture after the other without a gap, none decoded after it is shown."""
-    with av.open(BytesIO(thinned.content)) as container:
+    with av.open(BytesIO(thinned.content), "r") as container:
         packets = [packet for packet in container.demux() if packet.size]
     stamps = [(packet.pts, packet.dts) for packet in packets]
     assert len(packets) == thinned.num_packets > max(thinned.frames)
