@@ -3,7 +3,9 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+DALI_STAMP := $(VENV)/.dali-stamp
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+DALI := $(shell sed -n '/^nvidia-dali-/p' constraints.txt)
 PYTHON ?= $(shell for python in python3.11 python3; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -25,13 +27,19 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(INSTALL) --no-build-isolation -e ".[dev]"
 	@touch $@
 
+# As the extra ``dali``, without building the extension again; where there is no GPU only the tests need it.
+$(DALI_STAMP): $(STAMP)
+	@echo "Installing $(DALI) (700 MB) ..."
+	@$(INSTALL) $(DALI)
+	@touch $@
+
 demo: $(STAMP) ## Train, evaluate and report on generated clips (SEED=..., OUTPUT=DIR)
 	$(BIN)/omnigrpo demo $(if $(SEED),--seed $(SEED)) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROLLOUT),--rollout $(ROLLOUT))
 
-test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest -q
+test: $(DALI_STAMP) ## Run the tests, those of DALI's operators for the CPU included
+	OMNIGRPO_REQUIRE_DALI=1 $(BIN)/python -m pytest -q
 
-lint: $(STAMP) ## Check lint, format and types
+lint: $(DALI_STAMP) ## Check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -47,5 +55,5 @@ bench: $(STAMP) ## Run every benchmark of benchmarks/
 
 clean: ## Remove what is built or generated, .venv and runs/ excepted
 	rm -rf build dist .pytest_cache .ruff_cache engine/*.egg-info kernels/*.egg-info *.egg-info
-	rm -f kernels/omnigrpo_kernels/_C*.so $(STAMP)
+	rm -f kernels/omnigrpo_kernels/_C*.so $(STAMP) $(DALI_STAMP)
 	find engine kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

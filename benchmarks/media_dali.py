@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omnigrpo.media.decode_dali import is_installed
 
 from harness import Bench, Variant
 from media_peers import torchcodec_cuda_frames
 from omnigrpo.media.decode import Decoder, decode, decode_each
+from omnigrpo.media.decode_dali import is_installed
 from omnigrpo.media.sampling import SamplingConfig
 from omnigrpo.schema import Clip, DecodedClip, Modality
 from report import Check

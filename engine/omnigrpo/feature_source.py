@@ -8,13 +8,14 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from omnigrpo.media.container_check import content_hash
-from omnigrpo.media.decode import DEFAULT_TIMEOUT_SECONDS, SamplingConfig, decode_each
+from omnigrpo.media.decode import DEFAULT_TIMEOUT_SECONDS, Decoder, SamplingConfig, decode_each
+from omnigrpo.media.decode_dali import require_dali
 from omnigrpo.media.feature_cache import CacheHit, FeatureCache, feature_key
 from omnigrpo.media.log_mel import whisper_log_mel
 from omnigrpo.media.pixels import Aspect, siglip_pixels
@@ -38,8 +39,10 @@ class MediaConfig:
     """tag: the matrix that a stream names; bt601: always BT.601, as DALI does."""
     min_frames: int = 2
     """A clip with fewer frames is refused; 1 repeats a lone frame, as the reference does."""
-    decoder: Literal["auto", "pyav", "dali", "both"] = "auto"
-    """Who decodes: PyAV on the CPU, DALI on the GPU, or both on one queue; auto takes what is there."""
+    decoder: Decoder = "auto"
+    """Who decodes: PyAV on the CPU; DALI on the model's device, with PyAV for what DALI does not take; or both, PyAV
+    taking besides what waits for DALI. auto is dali for a model on a GPU where DALI is installed, else pyav. On a GPU
+    set ``colour`` to bt601: DALI gets no clip that names another matrix."""
     num_workers: int = 2
     """Decoding threads."""
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
@@ -64,6 +67,10 @@ class MediaConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"media.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.decoder not in get_args(Decoder):
+            raise ValueError(
+                f"media.decoder must be one of {', '.join(get_args(Decoder))}, got {self.decoder!r}"
+            )
         if not self.timeout_seconds > 0:
             raise ValueError(f"media.timeout_seconds must be above 0, got {self.timeout_seconds}")
 
@@ -133,6 +140,10 @@ class FeatureSource:
         self._sampling = SamplingConfig(
             num_frames=model.config.vision.num_frames, min_frames=config.min_frames, colour=config.colour
         )
+        if config.decoder in ("dali", "both"):
+            require_dali()
+        # The decoder is no part of it: on the CPU frames are equal, on a GPU within 2/255, and with "both" a clip may
+        # go either way. Its features are computed once and stay what the run was trained on.
         geometry = f"{model.config.vision}/{model.config.audio}"
         self._recipe = (
             f"{RECIPE_VERSION}/{tower_hash}/{geometry}/{config.aspect}/{config.min_frames}/{config.colour}"
@@ -244,12 +255,14 @@ class FeatureSource:
                 self._tower_input,
                 num_workers=self._config.num_workers,
                 timeout_seconds=self._config.timeout_seconds,
+                decoder=self._config.decoder,
+                device=self._model.device,
             )
         self.num_decoded += len(decoded)
         return dict(zip(requests, decoded, strict=True))
 
     def _tower_input(self, clip: DecodedClip) -> TowerInput:
-        """Pixels and log-mel of one clip, in the thread that decoded it."""
+        """Pixels and log-mel of one clip, in the thread that opened it; pixels are where the frames are."""
         if self._closing.is_set():
             raise RuntimeError("the feature source is closed; nothing is decoded any more")
         vision, audio = self._model.config.vision, self._model.config.audio
@@ -258,6 +271,8 @@ class FeatureSource:
             pixels_F3SS = siglip_pixels(
                 clip.frames_FHWC, image_size=vision.image_size, aspect=self._config.aspect
             )
+            if pixels_F3SS.is_cuda:  # Another stream reads them.
+                torch.cuda.current_stream(pixels_F3SS.device).synchronize()
         if clip.waveform is not None:
             mel_ML = whisper_log_mel(
                 clip.waveform, num_mel_bins=audio.num_mel_bins, chunk_seconds=audio.chunk_seconds
@@ -291,9 +306,15 @@ class FeatureSource:
         pixels = [item.pixels_F3SS for item in items if item.pixels_F3SS is not None]
         mels = [item.mel_ML for item in items if item.mel_ML is not None]
         return self._model.encode(
-            self._stream.to_device(torch.stack(pixels)) if pixels else None,
+            self._on_one_device(pixels) if pixels else None,
             self._stream.to_device(torch.stack(mels)) if mels else None,
         )
+
+    def _on_one_device(self, pixels: list[Tensor]) -> Tensor:
+        """The pixels of several clips in one tensor, on the model's device; some may be there already."""
+        if not any(pixels_F3SS.is_cuda for pixels_F3SS in pixels):
+            return self._stream.to_device(torch.stack(pixels))
+        return torch.stack([self._stream.to_device(pixels_F3SS) for pixels_F3SS in pixels])
 
     def _on_device(self, features: ClipFeatures) -> ClipFeatures:
         vision_FND, audio_AD = features.vision_FND, features.audio_AD

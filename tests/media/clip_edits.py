@@ -171,6 +171,20 @@ def append(recipe: ClipRecipe, *, is_described: bool, num_lost: int = 0) -> Call
     return edit
 
 
+def append_packets(path: Path, other: Path) -> None:
+    """Append the pictures of another file of the same codec, without B-frames, whatever their size."""
+    first = path.rename(path.with_stem("first"))
+    with av.open(str(first)) as a, av.open(str(other)) as b, av.open(str(path), "w") as target:
+        out = target.add_stream_from_template(a.streams.video[0])
+        head, tail = _packets(a), _packets(b)
+        end = max(_pts(packet) + (packet.duration or 1) for packet in head)
+        for packet in head:
+            _mux(target, out, packet, bytes(packet), _pts(packet))
+        for packet in tail:
+            _mux(target, out, packet, bytes(packet), _pts(packet) + end)
+    first.unlink()
+
+
 def _parameter_units(avcc: bytes) -> bytes:
     """The parameter sets of an avcC record, each behind its length in four bytes."""
     sps_end = 8 + int.from_bytes(avcc[6:8], "big")

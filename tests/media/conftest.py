@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.append(
 )  # tests/ is no package: its modules find each other as scripts do.
 
 from clip_files import ClipRecipe, read_numbers, write_clip
+from dali_at_hand import require_dali
 
 from omnigrpo.media.decode import decode as decode_clips
 from omnigrpo.schema import DecodedBatch
@@ -33,8 +35,9 @@ def frame_numbers() -> Callable[[Tensor], list[int]]:
     return read_numbers
 
 
-@pytest.fixture(params=["pyav"])
+@pytest.fixture(params=["pyav", "both"])
 def decode(request: pytest.FixtureRequest) -> Callable[..., DecodedBatch]:
-    """``omnigrpo.media.decode.decode``, by each decoder in turn."""
-    assert request.param == "pyav"
-    return decode_clips
+    """``omnigrpo.media.decode.decode``: by PyAV alone, and by DALI's operators for the CPU besides."""
+    if request.param == "both":
+        require_dali()
+    return partial(decode_clips, decoder=request.param)

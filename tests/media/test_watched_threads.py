@@ -61,6 +61,49 @@ def test_no_more_threads_than_asked_for_run_at_once():
     assert max(counts) <= before + 2
 
 
+def test_the_time_before_a_task_is_admitted_does_not_count():
+    """The first task ends only once the second has waited longer than a task may take."""
+    may_begin = threading.Event()
+
+    def admit(index: int) -> None:
+        if index == 1:
+            assert may_begin.wait(60)
+
+    def run_first() -> str:
+        threading.Timer(GRACE_SECONDS + 0.6, may_begin.set).start()
+        return "first"
+
+    results = run_watched(
+        [run_first, lambda: "second"], num_threads=2, timeout_seconds=0.1, on_timeout=_give_up, admit=admit
+    )
+    assert results == ["first", "second"]
+
+
+def test_a_task_that_is_admitted_after_an_error_does_not_begin():
+    failed, begun = threading.Event(), threading.Event()
+
+    def fail() -> str:
+        raise OSError("no disk")
+
+    def admit(index: int) -> None:
+        if index == 1:
+            failed.wait(60)
+
+    with pytest.raises(OSError, match="no disk"):
+        run_watched(
+            [fail, lambda: str(begun.set())],
+            num_threads=2,
+            timeout_seconds=60,
+            on_timeout=_give_up,
+            admit=admit,
+        )
+    failed.set()
+    for thread in threading.enumerate():
+        if thread.name == "decode":
+            thread.join(timeout=60)
+    assert not begun.is_set()
+
+
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_hanging_task_is_left_behind_and_the_others_finish(pipe: Path, num_threads: int):
     tasks: list[Callable[[], str]] = [partial(_name, index) for index in range(8)]

@@ -1,11 +1,11 @@
-"""One clip from its file to frames and waveform, on the CPU.
+"""One clip from its file to sound and compressed pictures, and its result.
 
 PyAV's logging stays off: with it on, a damaged file and a multi-threaded decoder wait for each other forever.
 """
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -20,7 +20,7 @@ from omnigrpo.media.container_check import hash_open_clip
 from omnigrpo.media.frames_pyav import FrameDecoder, Pictures
 from omnigrpo.media.sampling import SamplingConfig
 from omnigrpo.media.sound import decode_waveform
-from omnigrpo.media.tracks import Track, open_tracks
+from omnigrpo.media.tracks import Track, Window, open_tracks
 from omnigrpo.schema import Clip, ClipStatus, DecodedClip, Modality
 
 
@@ -35,9 +35,24 @@ class OpenedClip:
     """None when video was not asked for."""
 
 
+DecodeSound = Callable[[BufferedReader, Track[AudioStream], Window, int, Deadline], Tensor]
+"""From an open file and its audio track to float32 mono samples of a window at a rate, as ``decode_waveform``."""
+
+
+def decode_sound(
+    file: BufferedReader, track: Track[AudioStream], window: Window, sample_rate_hz: int, deadline: Deadline
+) -> Tensor:
+    """Decode the track with FFmpeg."""
+    return decode_waveform(track, window, sample_rate_hz, deadline)
+
+
 @contextmanager
 def open_clip(
-    clip: Clip, wanted: Sequence[Modality], sampling: SamplingConfig, deadline: Deadline
+    clip: Clip,
+    wanted: Sequence[Modality],
+    sampling: SamplingConfig,
+    deadline: Deadline,
+    decode_sound: DecodeSound = decode_sound,
 ) -> Iterator[OpenedClip]:
     """Demux a clip, decode its sound, and make its pictures ready; raises ClipError."""
     with open_file(clip.path) as file:
@@ -53,7 +68,7 @@ def open_clip(
                 if tracks.audio is None or not tracks.audio.packets:
                     raise ClipError(ClipStatus.NO_AUDIO, "has no audio stream, but its prompt asks for audio")
                 _check_codec(tracks.audio)
-                waveform = decode_waveform(tracks.audio, tracks.window, sampling.sample_rate_hz, deadline)
+                waveform = decode_sound(file, tracks.audio, tracks.window, sampling.sample_rate_hz, deadline)
             yield OpenedClip(content_hash=digest, waveform=waveform, frames=frames)
 
 
@@ -64,18 +79,6 @@ def _check_codec(track: Track[VideoStream] | Track[AudioStream]) -> None:
             ClipStatus.UNSUPPORTED_CODEC,
             f"has {track.stream.type} of a codec without a decoder; re-encode it, as H.264 and AAC for example",
         )
-
-
-def decode_clip(
-    clip: Clip, wanted: Sequence[Modality], sampling: SamplingConfig, deadline: Deadline
-) -> DecodedClip:
-    """Decode what is wanted of one clip; bad input becomes a status and a sentence, never an exception."""
-    try:
-        with open_clip(clip, wanted, sampling, deadline) as opened:
-            pictures = opened.frames.decode() if opened.frames is not None else None
-            return decoded_clip(clip, opened, pictures, sampling)
-    except ClipError as error:
-        return failed_clip(clip, error, sampling)
 
 
 def decoded_clip(

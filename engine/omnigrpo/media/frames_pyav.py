@@ -42,10 +42,12 @@ class FrameDecoder:
         self, track: Track[VideoStream], window: Window, sampling: SamplingConfig, deadline: Deadline
     ) -> None:
         stream = track.stream
-        self._track, self._window, self._sampling, self._deadline = track, window, sampling, deadline
-        self._references = ReferenceReader(
+        self.track, self._window, self._sampling, self._deadline = track, window, sampling, deadline
+        self.references = ReferenceReader(
             stream.codec_context.codec.canonical_name, stream.codec_context.extradata, track.packets
         )
+        self.header_size = stream.codec_context.width, stream.codec_context.height
+        """Width and height that the file says; its pictures may say others."""
         self._num_decoded = 0
         self._counted: Sequence[int | None] | None = None
         """Time stamps of all pictures in order, where they had to be counted."""
@@ -57,7 +59,7 @@ class FrameDecoder:
 
     def _make_plan(self) -> FramePlan | None:
         try:
-            return plan_frames(self._track, self._references, self._window, self._sampling)
+            return plan_frames(self.track, self.references, self._window, self._sampling)
         except OutOfStepError:
             return None
 
@@ -77,8 +79,8 @@ class FrameDecoder:
             seconds = self._frame_seconds(self._counted)
             wanted = self._choose(self._counted)
         elif self.plan is not None:
-            stamps = shown_stamps(self._track, self._references)
-            seconds = [stamp * self._track.time_base for stamp in stamps]
+            stamps = shown_stamps(self.track, self.references)
+            seconds = [stamp * self.track.time_base for stamp in stamps]
             wanted = [stamps.index(pts) for pts in self.plan.wanted]
         else:
             return None
@@ -90,6 +92,22 @@ class FrameDecoder:
             num_pictures=len(seconds),
         )
 
+    def look(self) -> VideoFrame:
+        """Decode the first picture of the plan: it tells what headers leave out, its format and rotation for example.
+
+        Raises ClipError as ``decode``, OutOfStepError without a plan or when there is no such picture.
+        """
+        if self.plan is None:
+            raise OutOfStepError
+        self._set_up_codec()
+        first = self.track.packets[self.plan.runs[0].first]
+        try:
+            for frame in self._decode([first], None):
+                return frame
+        except FFmpegError as error:
+            raise self._undecodable(error) from error
+        raise OutOfStepError
+
     def decode(self) -> Pictures:
         """Return ``sampling.num_frames`` frames, turned upright as the file's rotation says.
 
@@ -97,30 +115,32 @@ class FrameDecoder:
             ClipError: CORRUPT when a picture that was needed is damaged, UNSUPPORTED_CODEC when it is too large,
                 RESOLUTION_CHANGE, TIMEOUT; and what making it raises, where only decoding shows the frames.
         """
-        codec = self._track.stream.codec_context
-        codec.thread_type, codec.thread_count = "NONE", 1
-        width, height = codec.width, codec.height
-        codec.options = {"max_pixels": str(MAX_PIXELS)}
-        if codec.name == "h264":
-            codec.options |= {
-                "strict": "strict"
-            }  # Reorder as far as the level allows, where the stream says nothing.
+        self._set_up_codec()
         try:
             try:
                 frames_FHWC = self._by_counting() if self.plan is None else self._by_plan(self.plan)
             except OutOfStepError:
                 frames_FHWC = self._by_counting()
         except FFmpegError as error:
-            raise _undecodable(error, width, height) from error
+            raise self._undecodable(error) from error
         return Pictures(frames_FHWC=frames_FHWC, num_decoded=self._num_decoded, decoder="pyav")
+
+    def _set_up_codec(self) -> None:
+        codec = self.track.stream.codec_context
+        if codec.is_open:
+            return
+        codec.thread_type, codec.thread_count = "NONE", 1
+        codec.options = {"max_pixels": str(MAX_PIXELS)}
+        if codec.name == "h264":  # Reorder as far as the level allows, where the stream says nothing.
+            codec.options |= {"strict": "strict"}
 
     def _by_plan(self, plan: FramePlan) -> Tensor:
         """Decode run after run, without the pictures that neither are wanted nor serve others."""
-        stamps = {packet.pts for packet in self._track.packets if not packet.is_discard}
+        stamps = {packet.pts for packet in self.track.packets if not packet.is_discard}
         frames = RgbFrames(plan.wanted, self._sampling.colour)
         for run in plan.runs:
             before = None
-            for frame in self._decode(self._track.packets[run.first : run.stop], frames):
+            for frame in self._decode(self.track.packets[run.first : run.stop], frames):
                 pts = frame.pts
                 if pts is None or pts not in stamps or frame.interlaced_frame or not _ascends(before, pts):
                     raise OutOfStepError
@@ -147,7 +167,7 @@ class FrameDecoder:
 
     def _guess(self) -> list[int]:
         """What would be wanted if every packet were one picture."""
-        stamps = [packet.pts for packet in self._track.packets if not packet.is_discard]
+        stamps = [packet.pts for packet in self.track.packets if not packet.is_discard]
         present = sorted(stamp for stamp in stamps if stamp is not None)
         try:
             return self._choose(present if len(present) == len(stamps) else [None] * len(stamps))
@@ -164,7 +184,7 @@ class FrameDecoder:
         """Decode everything; returns the wanted frames by ordinal, and the time stamps of all pictures."""
         frames = RgbFrames(wanted, self._sampling.colour)
         stamps: list[int | None] = []
-        for ordinal, frame in enumerate(self._decode(self._track.packets, None)):
+        for ordinal, frame in enumerate(self._decode(self.track.packets, None)):
             if ordinal in frames:
                 frames.add(ordinal, frame)
             stamps.append(frame.pts)
@@ -172,19 +192,19 @@ class FrameDecoder:
 
     def _frame_seconds(self, stamps: Sequence[int | None]) -> Sequence[float | Fraction]:
         """Container time of each picture: its stamp when all ascend, else its place at a constant rate."""
-        stream = self._track.stream
+        stream = self.track.stream
         present = [stamp for stamp in stamps if stamp is not None]
         if len(present) == len(stamps) and all(a < b for a, b in pairwise(present)):
-            return [stamp * self._track.time_base for stamp in present]
+            return [stamp * self.track.time_base for stamp in present]
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         return [self._window.origin_seconds + float(ordinal / rate) for ordinal in range(len(stamps))]
 
     def _decode(self, packets: Sequence[Packet], wanted: RgbFrames | None) -> Iterator[VideoFrame]:
         """Decode from a clean decoder and check each picture; with ``wanted``, skip what no picture needs."""
-        stream, size = self._track.stream, None
+        stream, size = self.track.stream, None
         codec = stream.codec_context
         codec.flush_buffers()
-        if self._is_described_anew and not self._references.carries_parameters(packets[0]):
+        if self._is_described_anew and not self.references.carries_parameters(packets[0]):
             raise ClipError(
                 ClipStatus.UNSUPPORTED_CODEC,
                 "cannot be used: its packets are not one picture each, and its codec's description changes on the "
@@ -195,9 +215,9 @@ class FrameDecoder:
             if packet is not None and packet.has_sidedata("new_extradata"):
                 self._is_described_anew = True
             if packet is not None and wanted is not None and packet.pts not in wanted:
-                if self._references.is_disposable(packet):
+                if self.references.is_disposable(packet):
                     continue
-                codec.skip_frame = self._references.skip
+                codec.skip_frame = self.references.skip
             else:
                 codec.skip_frame = "DEFAULT"
             for frame in stream.decode(packet):
@@ -207,15 +227,15 @@ class FrameDecoder:
                 size = _checked_size(frame, size)
                 yield frame
 
-
-def _undecodable(error: FFmpegError, width: int, height: int) -> ClipError:
-    """Why pictures of the size that the file's header gives are not there."""
-    if width * height > MAX_PIXELS:
-        return ClipError(
-            ClipStatus.UNSUPPORTED_CODEC,
-            f"has pictures of {width}x{height}, at most {MAX_PIXELS} pixels can be used; scale it down",
-        )
-    return ClipError(ClipStatus.CORRUPT, f"is corrupt: {error.strerror} while decoding video")
+    def _undecodable(self, error: FFmpegError) -> ClipError:
+        """Why pictures of the size that the file's header gives are not there."""
+        width, height = self.header_size
+        if width * height > MAX_PIXELS:
+            return ClipError(
+                ClipStatus.UNSUPPORTED_CODEC,
+                f"has pictures of {width}x{height}, at most {MAX_PIXELS} pixels can be used; scale it down",
+            )
+        return ClipError(ClipStatus.CORRUPT, f"is corrupt: {error.strerror} while decoding video")
 
 
 def _ascends(before: int | None, pts: int) -> bool:

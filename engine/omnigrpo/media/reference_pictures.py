@@ -10,11 +10,15 @@ from typing import Literal
 
 from av.packet import Packet
 
+from omnigrpo.media.picture_headers import vp9_starts
+
 _H264_IDR, _H264_SEI, _H264_SLICES = 5, 6, range(1, 6)
 _HEVC_RANDOM_ACCESS, _HEVC_SLICES, _HEVC_SUB_LAYER_NON_REFERENCE = range(16, 24), range(32), range(0, 15, 2)
 _H264_PARAMETERS, _HEVC_PARAMETERS = (7, 8), (32, 33, 34)
 _HEVC_BREAKS = (16, 17, 18, 36, 37)
 """Broken links and ends of sequences: pictures stored after them may never be shown."""
+_HEVC_CLEAN_RANDOM_ACCESS, _HEVC_BROKEN_LINK = 21, 18
+"""The second is the first one after a splice, without pictures that are shown before it."""
 _AV1_FRAMES, _AV1_SHOWN_KEYFRAME = (3, 6), 0x10
 _RECOVERY_POINT = 6
 
@@ -88,6 +92,31 @@ class ReferenceReader:
         """Whether a stream that begins with this packet is whole; of codecs that are not read, its flag tells."""
         is_read = self._codec in KEYFRAMES_ARE_ENTRY_POINTS or self._codec in ("h264", "hevc")
         return self.is_entry_point(packet) if is_read else packet.is_keyframe
+
+    def forgets(self, packet: Packet) -> bool:
+        """Whether no picture from this one on, shown after it, depends on what the decoder keeps of those before.
+
+        HEVC's clean random access pictures do once they are broken links.
+        """
+        if self._codec != "h264":
+            return self.is_entry_point(packet)
+        return any(unit[0] & 31 == _H264_IDR for unit in self._nals.units(packet))
+
+    def as_broken_link(self, packet: Packet) -> bytes:
+        """The packet's bytes; of a clean random access picture of HEVC, those of the same picture after a splice."""
+        data = bytearray(packet)
+        if self._codec == "hevc":
+            at = 0
+            for unit in self._nals.units(packet):
+                at = data.index(unit, at)
+                if unit[0] >> 1 & 63 == _HEVC_CLEAN_RANDOM_ACCESS:
+                    data[at] = unit[0] & 0x81 | _HEVC_BROKEN_LINK << 1
+                at += len(unit)
+        return bytes(data)
+
+    def shows_again(self, packet: Packet) -> bool:
+        """Whether the packet holds no picture but shows an older one again, as VP9 can."""
+        return self._codec == "vp9" and _shows_vp9_again(packet)
 
     def is_disposable(self, packet: Packet) -> bool:
         """Whether no other picture refers to this one; False where the codec is not read."""
@@ -262,21 +291,28 @@ def _leb128(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _is_vp9_hidden(packet: Packet) -> bool:
-    """Whether no frame of the packet is shown; a superframe ends in an index of its frames' sizes (annex B)."""
+    """Whether no frame of the packet is shown."""
+    return not any(map(_shows_vp9, _vp9_headers(packet)))
+
+
+def _shows_vp9_again(packet: Packet) -> bool:
+    return any(_shows_existing_vp9(header) for header in _vp9_headers(packet))
+
+
+def _vp9_headers(packet: Packet) -> list[int]:
+    """First byte of each frame."""
     data = bytes(packet)
-    marker, starts = data[-1], [0]
-    if marker & 0xE0 == 0xC0:
-        width, number = (marker >> 3 & 3) + 1, (marker & 7) + 1
-        index = data[-(1 + width * number) : -1]
-        sizes = [int.from_bytes(index[at : at + width], "little") for at in range(0, len(index), width)]
-        starts = [sum(sizes[:at]) for at in range(number)]
-    return not any(start < len(data) and _shows_vp9(data[start]) for start in starts)
+    return [data[start] for start in vp9_starts(data)]
 
 
 def _shows_vp9(header: int) -> bool:
     """``show_existing_frame`` or ``show_frame``; profile 3 has one more bit before them."""
     shift = 0 if header & 0x30 == 0x30 else 1
     return bool(header >> shift & 0b101)
+
+
+def _shows_existing_vp9(header: int) -> bool:
+    return bool(header & (0x04 if header & 0x30 == 0x30 else 0x08))
 
 
 def _is_vp8_hidden(packet: Packet) -> bool:

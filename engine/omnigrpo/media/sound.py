@@ -45,7 +45,7 @@ def decode_waveform(
         ClipError: NO_AUDIO without a sample in the window, CORRUPT when a packet cannot be decoded, TIMEOUT.
     """
     try:
-        stretches = [_resampled(frames, at, sample_rate_hz) for at, frames in _stretches(track, deadline)]
+        stretches = [resampled(frames, at, sample_rate_hz) for at, frames in _stretches(track, deadline)]
     except (FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ClipError(ClipStatus.CORRUPT, f"is corrupt: {reason} while decoding audio") from error
@@ -103,7 +103,7 @@ def _format(frame: AudioFrame) -> tuple[str, str, int]:
     return frame.format.name, frame.layout.name, frame.sample_rate
 
 
-def _resampled(frames: Sequence[AudioFrame], start_seconds: float, sample_rate_hz: int) -> Stretch:
+def resampled(frames: Sequence[AudioFrame], start_seconds: float, sample_rate_hz: int) -> Stretch:
     """Resample one stretch as a whole: a call per decoded block would cost more than the resampling."""
     whole = _joined(frames)
     whole.sample_rate = frames[0].sample_rate

@@ -21,6 +21,7 @@ def run_watched(
     num_threads: int,
     timeout_seconds: float,
     on_timeout: Callable[[int], R],
+    admit: Callable[[int], None] | None = None,
 ) -> list[R]:
     """Run tasks in ``num_threads`` threads and return their results in order.
 
@@ -29,10 +30,11 @@ def run_watched(
         num_threads: how many run at once.
         timeout_seconds: after this and ``GRACE_SECONDS`` a task counts as hanging.
         on_timeout: gives the result of a hanging task from its index.
+        admit: called with a task's index before its time begins to count; may wait.
 
     Raises the first exception of a task, once the running ones have ended.
     """
-    watch = _Watch(tasks, timeout_seconds + GRACE_SECONDS, on_timeout)
+    watch = _Watch(tasks, timeout_seconds + GRACE_SECONDS, on_timeout, admit)
     for _ in range(min(num_threads, len(tasks))):
         watch.start_thread()
     return watch.wait()
@@ -42,11 +44,16 @@ class _Watch(Generic[R]):
     """The tasks of one call, and who works on which."""
 
     def __init__(
-        self, tasks: Sequence[Callable[[], R]], limit_seconds: float, on_timeout: Callable[[int], R]
+        self,
+        tasks: Sequence[Callable[[], R]],
+        limit_seconds: float,
+        on_timeout: Callable[[int], R],
+        admit: Callable[[int], None] | None,
     ) -> None:
         self._tasks, self._limit_seconds, self._on_timeout = tasks, limit_seconds, on_timeout
+        self._admit = admit
         self._changed = threading.Condition()
-        self._next = 0
+        self._next, self._is_over = 0, False
         self._started: dict[int, float] = {}
         """Time at which each running task began."""
         self._results: dict[int, R] = {}
@@ -68,7 +75,7 @@ class _Watch(Generic[R]):
                 return [self._results[index] for index in range(len(self._tasks))]
         finally:
             with self._changed:
-                self._next = len(self._tasks)
+                self._is_over = True
 
     def _seconds_left(self) -> float | None:
         if not self._started:
@@ -85,6 +92,8 @@ class _Watch(Generic[R]):
     def _work(self) -> None:
         while (index := self._take()) is not None:
             try:
+                if not self._begin(index):
+                    return
                 result = self._tasks[index]()
             except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
                 with self._changed:
@@ -96,11 +105,21 @@ class _Watch(Generic[R]):
 
     def _take(self) -> int | None:
         with self._changed:
-            if self._next >= len(self._tasks) or self._failure is not None:
+            if self._next >= len(self._tasks) or self._is_over or self._failure is not None:
                 return None
             index, self._next = self._next, self._next + 1
-            self._started[index] = time.monotonic()
             return index
+
+    def _begin(self, index: int) -> bool:
+        """Wait until the task may begin; False when nobody waits for its result any more."""
+        if self._admit is not None:
+            self._admit(index)
+        with self._changed:
+            if self._is_over or self._failure is not None:
+                return False
+            self._started[index] = time.monotonic()
+            self._changed.notify_all()
+            return True
 
     def _finish(self, index: int, result: R) -> bool:
         """Keep a result; False when the task was given up meanwhile, and this thread with it."""

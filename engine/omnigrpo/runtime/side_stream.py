@@ -46,8 +46,14 @@ class SideStream:
             yield
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy to the device through pinned memory, without waiting; what is there already stays."""
-        if self._stream is None or tensor.is_cuda:
+        """Copy to the device through pinned memory, without waiting; what is there already stays there.
+
+        Its memory is kept until this stream is done with it; that it is computed is for the caller to see to.
+        """
+        if self._stream is None:
+            return tensor
+        if tensor.is_cuda:
+            tensor.record_stream(self._stream)
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
