@@ -7,6 +7,7 @@ converting a picture takes.
 
 import threading
 import weakref
+from collections import deque
 from math import prod
 
 import numpy as np
@@ -22,8 +23,9 @@ class FrameMemory:
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._kept_bytes = kept_bytes
-        # The last reader may go while this thread holds the lock, when the garbage collector runs.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._returned: deque[np.ndarray] = deque()
+        """Blocks that came back and are not sorted in yet."""
         self._free: list[np.ndarray] = []
         """Blocks that nobody uses, the one that came back last at the end."""
 
@@ -31,6 +33,7 @@ class FrameMemory:
     def free_bytes(self) -> int:
         """Memory that is kept now."""
         with self._lock:
+            self._sort_in()
             return sum(block.nbytes for block in self._free)
 
     def empty(self, *shape: int) -> Tensor:
@@ -39,25 +42,33 @@ class FrameMemory:
         block = self._take(size)
         if block is None:
             block = np.empty(size, np.uint8)
-        lent = block[
-            :size
-        ]  # An object of its own: the tensor holds it, and its end tells that the tensor's came.
+        lent = block[:size]  # An object of its own: the tensor holds it, and its end tells that the tensor's came.
         weakref.finalize(lent, self._give_back, block).atexit = False
         return torch.from_numpy(lent).view(shape)
 
     def _take(self, size: int) -> np.ndarray | None:
         """A free block that fits and is not far too large."""
         with self._lock:
+            self._sort_in()
             for at in reversed(range(len(self._free))):
                 if size <= self._free[at].nbytes <= 2 * size:
                     return self._free.pop(at)
         return None
 
     def _give_back(self, block: np.ndarray) -> None:
-        with self._lock:
-            self._free.append(block)
-            while sum(kept.nbytes for kept in self._free) > self._kept_bytes:
-                self._free.pop(0)
+        """May run anywhere, wherever the garbage collector does: so it waits for no lock."""
+        self._returned.append(block)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
+
+    def _sort_in(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        while sum(block.nbytes for block in self._free) > self._kept_bytes:
+            self._free.pop(0)
 
 
 FRAME_MEMORY = FrameMemory()
