@@ -120,6 +120,13 @@ def by_pyav(clips: Sequence[Clip]) -> Sequence[DecodedClip]:
     return decode(clips, wanted, SamplingConfig(), num_workers=2, timeout_seconds=TIMEOUT_SECONDS).clips
 
 
+def by_dali_and_pyav(clips: Sequence[Clip]) -> Sequence[DecodedClip]:
+    wanted = [BOTH] * len(clips)
+    return decode(
+        clips, wanted, SamplingConfig(), num_workers=2, timeout_seconds=TIMEOUT_SECONDS, decoder="both"
+    ).clips
+
+
 def that_crashes(clips: Sequence[Clip]) -> Sequence[DecodedClip]:
     os.abort()
 
@@ -137,7 +144,7 @@ def that_harms_others(clips: Sequence[Clip]) -> Sequence[DecodedClip]:
     ]
 
 
-DECODERS: dict[str, Decode] = {"pyav": by_pyav}
+DECODERS: dict[str, Decode] = {"pyav": by_pyav, "both": by_dali_and_pyav}
 BAD_DECODERS: dict[str, Decode] = {"crash": that_crashes, "hang": that_hangs, "harm": that_harms_others}
 """What the test must notice; they come into play once the good clip is decoded."""
 

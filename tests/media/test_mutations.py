@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from broken_files import ANY
+from dali_at_hand import require_dali
 from decode_mutations import CHANGES, DECODERS, mutation
 
 COUNT = 1000
@@ -49,6 +50,8 @@ def _check(directory: Path, first: int, count: int, *options: str) -> Counter[st
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_thousand_mutations_end_in_a_status_and_harm_no_other_clip(tmp_path: Path, decoder: str):
+    if decoder == "both":
+        require_dali()
     share = COUNT // PROCESSES
     with ThreadPoolExecutor(PROCESSES) as pool:
         parts = pool.map(
