@@ -85,13 +85,17 @@ def test_a_task_that_is_admitted_after_an_error_does_not_begin():
     def fail() -> str:
         raise OSError("no disk")
 
+    def admit(index: int) -> None:
+        if index == 1:
+            assert failed.wait(60)
+
     with pytest.raises(OSError, match="no disk"):
         run_watched(
             [fail, lambda: str(begun.set())],
             num_threads=2,
             timeout_seconds=60,
             on_timeout=_give_up,
-            admit=lambda index: None if index == 0 else failed.wait(60) and None,
+            admit=admit,
         )
     failed.set()
     for thread in threading.enumerate():
