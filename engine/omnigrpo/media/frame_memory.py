@@ -42,7 +42,9 @@ class FrameMemory:
         block = self._take(size)
         if block is None:
             block = np.empty(size, np.uint8)
-        lent = block[:size]  # An object of its own: the tensor holds it, and its end tells that the tensor's came.
+        lent = block[
+            :size
+        ]  # An object of its own: the tensor holds it, and its end tells that the tensor's came.
         weakref.finalize(lent, self._give_back, block).atexit = False
         return torch.from_numpy(lent).view(shape)
 
