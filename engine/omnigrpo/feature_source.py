@@ -7,15 +7,18 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from omnigrpo.media.container_check import content_hash
+from omnigrpo.media.clip_error import ClipError, Deadline
+from omnigrpo.media.container_check import hash_open_clip
 from omnigrpo.media.decode import DEFAULT_TIMEOUT_SECONDS, Decoder, SamplingConfig, decode_each
 from omnigrpo.media.decode_dali import require_dali
+from omnigrpo.media.decode_pyav import open_file
 from omnigrpo.media.feature_cache import CacheHit, FeatureCache, feature_key
 from omnigrpo.media.log_mel import whisper_log_mel
 from omnigrpo.media.pixels import Aspect, siglip_pixels
@@ -221,8 +224,10 @@ class FeatureSource:
         try:
             identity = _identity(prompt.clip)
             if identity not in self._known_hashes:
-                self._known_hashes[identity] = content_hash(prompt.clip)
-        except OSError:
+                deadline = Deadline.after(self._config.timeout_seconds)
+                with open_file(prompt.clip.path) as file:
+                    self._known_hashes[identity] = hash_open_clip(file, prompt.clip, deadline)
+        except (OSError, ValueError, ClipError):
             return None  # The decoder says what is wrong with the file.
         return self._key(request_of(prompt), self._known_hashes[identity])
 
@@ -265,20 +270,29 @@ class FeatureSource:
         """Pixels and log-mel of one clip, in the thread that opened it; pixels are where the frames are."""
         if self._closing.is_set():
             raise RuntimeError("the feature source is closed; nothing is decoded any more")
-        vision, audio = self._model.config.vision, self._model.config.audio
+        audio = self._model.config.audio
         pixels_F3SS = mel_ML = None
         if clip.frames_FHWC is not None:
-            pixels_F3SS = siglip_pixels(
-                clip.frames_FHWC, image_size=vision.image_size, aspect=self._config.aspect
-            )
-            if pixels_F3SS.is_cuda:  # Another stream reads them.
-                torch.cuda.current_stream(pixels_F3SS.device).synchronize()
+            pixels_F3SS = self._pixels(clip.frames_FHWC)
         if clip.waveform is not None:
             mel_ML = whisper_log_mel(
                 clip.waveform, num_mel_bins=audio.num_mel_bins, chunk_seconds=audio.chunk_seconds
             )
         bare = replace(clip, frames_FHWC=None, waveform=None)
         return TowerInput(clip=bare, pixels_F3SS=pixels_F3SS, mel_ML=mel_ML)
+
+    def _pixels(self, frames_FHWC: Tensor) -> Tensor:
+        """SigLIP pixels where the frames are; on a GPU not behind what the trainer has queued on its own stream."""
+        recipe = partial(
+            siglip_pixels, image_size=self._model.config.vision.image_size, aspect=self._config.aspect
+        )
+        if not frames_FHWC.is_cuda:
+            return recipe(frames_FHWC)
+        stream = torch.cuda.Stream(frames_FHWC.device)
+        with torch.cuda.stream(stream):
+            pixels_F3SS = recipe(frames_FHWC)
+        stream.synchronize()
+        return pixels_F3SS
 
     def _encode(self, decoded: dict[Request, TowerInput]) -> dict[Request, ClipFeatures | DecodedClip]:
         """Encode clips that ask for the same modalities in one batch, and keep their features."""
@@ -314,6 +328,11 @@ class FeatureSource:
         """The pixels of several clips in one tensor, on the model's device; some may be there already."""
         if not any(pixels_F3SS.is_cuda for pixels_F3SS in pixels):
             return self._stream.to_device(torch.stack(pixels))
+        for pixels_F3SS in pixels:
+            if (
+                pixels_F3SS.is_cuda
+            ):  # Made on another stream, which must not use their memory again too early.
+                pixels_F3SS.record_stream(torch.cuda.current_stream(pixels_F3SS.device))
         return torch.stack([self._stream.to_device(pixels_F3SS) for pixels_F3SS in pixels])
 
     def _on_device(self, features: ClipFeatures) -> ClipFeatures:
@@ -340,6 +359,6 @@ def _tensors(features: ClipFeatures) -> list[Tensor]:
 
 
 def _identity(clip: Clip) -> tuple[object, ...]:
-    """What tells an unchanged file without reading it; OSError when there is no such file."""
+    """What tells an unchanged file without reading it; OSError without such a file, ValueError for no path at all."""
     stat = clip.path.stat()
     return (clip.path, stat.st_mtime_ns, stat.st_size, clip.start_seconds, clip.end_seconds)

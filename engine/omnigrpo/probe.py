@@ -131,7 +131,7 @@ def media_files(paths: Sequence[Path]) -> list[Path]:
 
 def _inside(directory: Path) -> list[Path]:
     found = (path for path in directory.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES)
-    return sorted(path for path in found if not path.is_dir())
+    return sorted(path for path in found if not os.path.isdir(path))  # noqa: PTH112 (does not raise)
 
 
 def as_json(probes: Sequence[ClipProbe]) -> str:

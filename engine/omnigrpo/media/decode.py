@@ -116,13 +116,19 @@ def decode_each(
     queue = DecodeQueue(num_clips=len(clips), num_workers=num_workers, dali=dali)
     work = _Work(sampling=sampling, queue=queue, dali=dali, is_dali_alone=decoder == "dali")
 
+    given_up: set[int] = set()
+
     def one(index: int, clip: Clip, modalities: Sequence[Modality]) -> R:
         try:
-            return then(work.decode(index, clip, modalities, Deadline.after(timeout_seconds)))
+            decoded = work.decode(index, clip, modalities, Deadline.after(timeout_seconds))
+            if index in given_up:
+                raise timeout_error(timeout_seconds)  # Its result is there already, and ``then`` was called.
+            return then(decoded)
         finally:
             queue.release(index)
 
     def give_up(index: int) -> R:
+        given_up.add(index)
         queue.release(index)
         return then(failed_clip(clips[index], timeout_error(timeout_seconds), sampling))
 
@@ -201,7 +207,7 @@ def _sound_by_dali(
     deadline: Deadline,
 ) -> Tensor:
     """By DALI what it gives as FFmpeg does, the rest by FFmpeg."""
-    if is_for_dali(track):
+    if is_for_dali(track, window):
         waveform = decode_waveform_by_dali(file, track, window, sample_rate_hz, deadline)
         if isinstance(waveform, Tensor):
             return waveform

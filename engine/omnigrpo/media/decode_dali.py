@@ -10,7 +10,7 @@ error there, as it is on the CPU.
 import importlib.util
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,7 +163,11 @@ class DaliDecoder:
 
     def __init__(self, device: torch.device, num_threads: int) -> None:
         self._ndd, self._device = load_dali(), device
-        self._context = self._ndd.EvalContext(num_threads=num_threads, device_id=device.index)
+        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)
+        """Not torch's current one, on which the trainer's work is queued."""
+        self._context = self._ndd.EvalContext(
+            num_threads=num_threads, device_id=device.index, cuda_stream=self._stream
+        )
 
     def decode(self, clips: Sequence[DaliClip]) -> list[Tensor | DaliFailure]:
         """uint8 RGB ``[F, height, width, 3]`` of each clip on the device, upright and ready for any CUDA stream.
@@ -193,7 +197,7 @@ class DaliDecoder:
 
     def _decode(self, clips: Sequence[DaliClip]) -> list[Tensor]:
         ndd = self._ndd
-        with self._context:
+        with self._context, nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             files = ndd.as_batch([np.frombuffer(clip.stream.content, np.uint8) for clip in clips])
             frames = ndd.as_batch([np.array(clip.stream.frames, np.int32) for clip in clips])
             # "none" must be a literal: DALI looks for constants in the source. Any other mode gives black or repeated
@@ -205,9 +209,9 @@ class DaliDecoder:
                     files, frames=frames, pad_mode="none", device="gpu", affine=False
                 )
             tensors = [sample.torch(copy=True) for sample in decoded.evaluate().tensors]
-        upright = [_turned(t, clip.quarter_turns) for t, clip in zip(tensors, clips, strict=True)]
-        if self._device.type != "cpu":
-            torch.cuda.current_stream(self._device).synchronize()
+            upright = [_turned(t, clip.quarter_turns) for t, clip in zip(tensors, clips, strict=True)]
+        if self._stream is not None:
+            self._stream.synchronize()
         return upright
 
 

@@ -2,8 +2,8 @@
 
 Each clip has a thread of its own, which opens it and then either decodes it or waits for DALI. Work on the CPU needs
 one of ``num_workers`` slots; waiting needs none, so that the next clip is opened meanwhile. A thread that finds DALI
-idle decodes a batch of all that wait. Where both decoders share the work, a thread whose clip would wait long takes it
-back as soon as there is a slot, and decodes it itself.
+idle starts a batch of all that wait, in a further thread, so that none hangs with DALI. Where both decoders share the
+work, a thread whose clip would wait long takes it back as soon as there is a slot, and decodes it itself.
 """
 
 import threading
@@ -34,9 +34,11 @@ class _Request:
     """A clip that waits for DALI, or is being decoded by it."""
 
     clip: DaliClip
-    outcome: Tensor | DaliFailure | None = field(default=None)
+    outcome: Tensor | DaliFailure | BaseException | None = field(default=None)
     is_taken: bool = False
     """Whether it is in a batch."""
+    is_taken_back: bool = False
+    """Whether the CPU decodes it after all; what DALI gives later is thrown away."""
 
 
 class DecodeQueue:
@@ -85,7 +87,8 @@ class DecodeQueue:
     def decode_by_dali(self, index: int, clip: DaliClip, deadline: Deadline) -> Tensor | DaliFailure | None:
         """Frames of a clip that has a slot, as ``DaliDecoder.decode``; None when the CPU is to decode it after all.
 
-        Raises ClipError when the time is over.
+        DALI has half of the clip's time: if it hangs, the other half is left for the CPU. Raises ClipError when the
+        time is over, and what ``DaliDecoder.decode`` raises.
         """
         request = _Request(clip=clip)
         with self._changed:
@@ -93,15 +96,17 @@ class DecodeQueue:
             self._waiting.append(request)
             self._changed.notify_all()
         try:
-            while batch := self._wait(request, index, deadline):
-                self._decode(batch)
+            self._wait(request, index, deadline)
         finally:
             with self._changed:
                 if request in self._waiting:
                     self._waiting.remove(request)
-        if request.outcome is not None:
-            deadline.check()
-            self._return(index)
+        if request.is_taken_back:
+            return None
+        deadline.check()
+        self._return(index)
+        if isinstance(request.outcome, BaseException):
+            raise request.outcome
         return request.outcome
 
     def _may_open(self) -> bool:
@@ -115,23 +120,26 @@ class DecodeQueue:
     def _has_slot(self) -> bool:
         return len(self._slots) < self._num_workers
 
-    def _wait(self, request: _Request, index: int, deadline: Deadline) -> Sequence[_Request] | None:
-        """A batch to decode as soon as DALI is idle; None when the request is done with, or taken back."""
+    def _wait(self, request: _Request, index: int, deadline: Deadline) -> None:
+        """Until the request has an outcome, or is taken back; starts a batch when DALI is idle."""
+        late_at_seconds = deadline.at_seconds - deadline.timeout_seconds / 2
         with self._changed:
             while request.outcome is None:
                 if not self._is_busy and not request.is_taken:
-                    return self._take_batch()
-                if self._may_take_back(request):
-                    self._waiting.remove(request)
-                    self._slots.add(index)
-                    return None
-                if not self._changed.wait(max(deadline.at_seconds - time.monotonic(), 0.0) + 0.01):
-                    self._is_hanging = self._is_hanging or request.is_taken
+                    self._start_batch()
+                    continue
+                is_late = time.monotonic() >= late_at_seconds
+                if is_late and request.is_taken and not self._is_hanging:
+                    self._is_hanging = True
                     self._changed.notify_all()
-                    deadline.check()
-            return None
+                if self._has_slot() and (is_late or self._may_take_back(request)):
+                    self._take_back(request, index)
+                    return
+                until_seconds = deadline.at_seconds if is_late else late_at_seconds
+                self._changed.wait(max(until_seconds - time.monotonic(), 0.0) + 0.01)
+                deadline.check()
 
-    def _take_batch(self) -> Sequence[_Request]:
+    def _start_batch(self) -> None:
         assert self._dali is not None
         batch, self._waiting = (
             self._waiting[: self._dali.num_threads],
@@ -140,31 +148,36 @@ class DecodeQueue:
         for request in batch:
             request.is_taken = True
         self._is_busy = True
-        return batch
+        threading.Thread(target=self._decode, args=(batch,), name="dali", daemon=True).start()
 
     def _may_take_back(self, request: _Request) -> bool:
-        """Of those that wait, the last one, which DALI would decode last."""
-        if request.is_taken or request is not self._waiting[-1] or not self._has_slot():
+        """Of those that wait, the last one, which DALI would decode last; while DALI hangs, each in turn."""
+        if request.is_taken or request is not self._waiting[-1]:
             return False
         assert self._dali is not None
         is_long = len(self._waiting) > self._dali.num_threads or self._num_unopened == 0
         return self._is_hanging or (self._dali.is_shared and is_long)
 
+    def _take_back(self, request: _Request, index: int) -> None:
+        if request in self._waiting:
+            self._waiting.remove(request)
+        request.is_taken_back = True
+        self._slots.add(index)
+
     def _decode(self, batch: Sequence[_Request]) -> None:
-        """Decode a batch and hand out its results; an unexpected error is raised in this thread alone."""
+        """Decode a batch and hand out its results, or the error that each of its threads then raises."""
         assert self._dali is not None
-        outcomes: Sequence[Tensor | DaliFailure] = [DaliFailure(reason="the batch ended in an error")] * len(
-            batch
-        )
+        outcomes: Sequence[Tensor | DaliFailure | BaseException]
         try:
             with dali_decoder(self._dali.device, self._dali.num_threads) as decoder:
                 outcomes = decoder.decode([request.clip for request in batch])
-        finally:
-            with self._changed:
-                self._is_busy = False
-                for request, outcome in zip(batch, outcomes, strict=True):
-                    request.outcome = outcome
-                self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 (raised again where it is waited for)
+            outcomes = [error] * len(batch)
+        with self._changed:
+            self._is_busy = self._is_hanging = False
+            for request, outcome in zip(batch, outcomes, strict=True):
+                request.outcome = outcome
+            self._changed.notify_all()
 
     def _return(self, index: int) -> None:
         with self._changed:

@@ -68,7 +68,9 @@ class FrameMemory:
 
     def _sort_in(self) -> None:
         while self._returned:
-            self._free.append(self._returned.popleft())
+            block = self._returned.popleft()
+            if block.nbytes <= self._kept_bytes:
+                self._free.append(block)
         while sum(block.nbytes for block in self._free) > self._kept_bytes:
             self._free.pop(0)
 

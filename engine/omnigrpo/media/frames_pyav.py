@@ -116,6 +116,7 @@ class FrameDecoder:
                 RESOLUTION_CHANGE, TIMEOUT; and what making it raises, where only decoding shows the frames.
         """
         self._set_up_codec()
+        self._num_decoded = 0
         try:
             try:
                 frames_FHWC = self._by_counting() if self.plan is None else self._by_plan(self.plan)

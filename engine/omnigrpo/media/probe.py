@@ -123,14 +123,23 @@ def probe_each(
         timeout_seconds: per clip.
     """
 
-    def one(clip: Clip) -> R:
-        return then(probe_clip(clip, needed, sampling, Deadline.after(timeout_seconds)))
+    given_up: set[int] = set()
+
+    def one(index: int) -> R:
+        probed = probe_clip(clips[index], needed, sampling, Deadline.after(timeout_seconds))
+        if index in given_up:
+            raise timeout_error(timeout_seconds)  # Its result is there already, and ``then`` was called.
+        return then(probed)
+
+    def give_up(index: int) -> R:
+        given_up.add(index)
+        return then(ProbedClip(probe=_failed(clips[index], timeout_error(timeout_seconds))))
 
     return run_watched(
-        [partial(one, clip) for clip in clips],
+        [partial(one, index) for index in range(len(clips))],
         num_threads=num_workers,
         timeout_seconds=timeout_seconds,
-        on_timeout=lambda at: then(ProbedClip(probe=_failed(clips[at], timeout_error(timeout_seconds)))),
+        on_timeout=give_up,
     )
 
 

@@ -6,6 +6,7 @@ FFmpeg: of Opus it gives the rate that the file names as its source's, 24 kHz sa
 """
 
 from io import BufferedReader
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,11 +26,20 @@ _CODECS = {
     "ogg": frozenset(("vorbis", "flac")),
 }
 """What is decoded of each container, by FFmpeg's names."""
+_MAX_BYTES = 64 * 2**20
+"""Of compressed sound; DALI does not look at the deadline on the way."""
+_LENGTH_SECONDS = 0.05
+"""Most that the length of DALI's sound may differ from the packets': a header may count other samples than there are,
+and of chained files DALI reads the first."""
 _LAYOUTS = {1: "mono", 2: "stereo"}
 
 
-def is_for_dali(track: Track[AudioStream]) -> bool:
-    """Whether DALI gives this file's samples as FFmpeg does."""
+def is_for_dali(track: Track[AudioStream], window: Window) -> bool:
+    """Whether DALI is asked for this file's sound: it reads all of a file, so not for a window, nor of a huge one."""
+    if (window.start_seconds, window.end_seconds) != (None, None):
+        return False
+    if sum(packet.size for packet in track.packets) > _MAX_BYTES:
+        return False
     stream = track.stream
     container, codec = stream.container, stream.codec_context
     codecs = _CODECS.get(container.format.name, frozenset())
@@ -60,6 +70,9 @@ def decode_waveform_by_dali(
         return DaliFailure(
             reason=f"it reads {got[1]} channels at {got[0]} Hz, FFmpeg {expected[1]} at {expected[0]}"
         )
+    misfit = _misfit(track, len(sound.samples_TC) / sound.sample_rate_hz)
+    if misfit is not None:
+        return DaliFailure(reason=misfit)
     frame = AudioFrame.from_ndarray(
         np.ascontiguousarray(sound.samples_TC.T), format="fltp", layout=_LAYOUTS[codec.channels]
     )
@@ -69,6 +82,17 @@ def decode_waveform_by_dali(
     except FFmpegError as error:
         return DaliFailure(reason=f"FFmpeg does not decode its first sound: {error.strerror}")
     return place([resampled([frame], start_seconds, sample_rate_hz)], window, sample_rate_hz)
+
+
+def _misfit(track: Track[AudioStream], seconds: float) -> str | None:
+    """Why sound of this length is not that of the packets; None if it is."""
+    stamps = [packet.pts for packet in track.packets if packet.pts is not None]
+    if any(later < earlier for earlier, later in pairwise(stamps)):
+        return "its time stamps go back"
+    expected = float(sum(packet.duration or 0 for packet in track.packets) * track.time_base)
+    if abs(seconds - expected) > _LENGTH_SECONDS:
+        return f"it reads {seconds:.2f} s of sound, the packets hold {expected:.2f} s"
+    return None
 
 
 def _first_sound_seconds(track: Track[AudioStream]) -> float:

@@ -32,7 +32,8 @@ def run_watched(
         on_timeout: gives the result of a hanging task from its index.
         admit: called with a task's index before its time begins to count; may wait.
 
-    Raises the first exception of a task, once the running ones have ended.
+    Raises the first exception of a task at once: those that run go on, and their results are thrown away. What a
+    hanging task raises later counts for nothing.
     """
     watch = _Watch(tasks, timeout_seconds + GRACE_SECONDS, on_timeout, admit)
     for _ in range(min(num_threads, len(tasks))):
@@ -56,6 +57,7 @@ class _Watch(Generic[R]):
         self._next, self._is_over = 0, False
         self._started: dict[int, float] = {}
         """Time at which each running task began."""
+        self._given_up: set[int] = set()
         self._results: dict[int, R] = {}
         self._failure: BaseException | None = None
 
@@ -66,13 +68,15 @@ class _Watch(Generic[R]):
     def wait(self) -> list[R]:
         """Watch until every task has a result; an interrupt lets no further task begin."""
         try:
-            with self._changed:
-                while len(self._results) < len(self._tasks) and self._failure is None:
-                    self._changed.wait(self._seconds_left())
-                    self._leave_hanging()
-                if self._failure is not None:
-                    raise self._failure
-                return [self._results[index] for index in range(len(self._tasks))]
+            while not self._is_done():
+                for index in self._hanging():
+                    self.start_thread()
+                    result = self._on_timeout(index)
+                    with self._changed:
+                        self._results[index] = result
+            if self._failure is not None:
+                raise self._failure
+            return [self._results[index] for index in range(len(self._tasks))]
         finally:
             with self._changed:
                 self._is_over = True
@@ -82,12 +86,21 @@ class _Watch(Generic[R]):
             return None
         return max(min(self._started.values()) + self._limit_seconds - time.monotonic(), 0.0) + 0.01
 
-    def _leave_hanging(self) -> None:
-        now = time.monotonic()
-        for index in [i for i, began in self._started.items() if now - began > self._limit_seconds]:
-            del self._started[index]
-            self._results[index] = self._on_timeout(index)
-            self.start_thread()
+    def _is_done(self) -> bool:
+        with self._changed:
+            return self._failure is not None or len(self._results) == len(self._tasks)
+
+    def _hanging(self) -> list[int]:
+        """Wait until something changes, or a task is over its time; returns those, which are given up now."""
+        with self._changed:
+            if self._failure is None and len(self._results) < len(self._tasks):
+                self._changed.wait(self._seconds_left())
+            now = time.monotonic()
+            hanging = [i for i, began in self._started.items() if now - began > self._limit_seconds]
+            for index in hanging:
+                del self._started[index]
+                self._given_up.add(index)
+            return hanging
 
     def _work(self) -> None:
         while (index := self._take()) is not None:
@@ -96,12 +109,16 @@ class _Watch(Generic[R]):
                     return
                 result = self._tasks[index]()
             except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
-                with self._changed:
-                    self._failure = self._failure or error
-                    self._changed.notify_all()
+                self._fail(index, error)
                 return
             if not self._finish(index, result):
                 return
+
+    def _fail(self, index: int, error: BaseException) -> None:
+        with self._changed:
+            if index not in self._given_up:
+                self._failure = self._failure or error
+                self._changed.notify_all()
 
     def _take(self) -> int | None:
         with self._changed:
