@@ -1,6 +1,8 @@
+import os
 import shutil
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from omnigrpo.model.checkpoint_format import load_model, towers_hash
 from omnigrpo.model.prompting import PromptEncoder, PromptTemplate
 from omnigrpo.prefix_source import MediaConfig, PrefixSource
 from omnigrpo.runtime.spans import Phase, SpanRecorder
-from omnigrpo.schema import ClipStatus
+from omnigrpo.schema import Clip, ClipStatus
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,17 @@ def in_pairs(prompts, order: Sequence[int] = range(100)):
         return prompts[2 * order[position] : 2 * order[position] + 2]
 
     return batches
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "no path"])
+def test_what_is_no_file_drops_its_prompt(make_source, prompts, tmp_path, kind):
+    path = {"pipe": tmp_path / "pipe", "device": Path("/dev/zero"), "no path": Path("a\0b")}[kind]
+    if kind == "pipe":
+        os.mkfifo(path)
+    bad = replace(prompts[0], clip=Clip(path=path))
+    batch = make_source(timeout_seconds=5).inputs([bad, prompts[1]])
+    assert len(batch.inputs) == 1
+    assert [dropped.status for dropped in batch.dropped] == [ClipStatus.UNREADABLE]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

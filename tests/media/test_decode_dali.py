@@ -3,10 +3,9 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import av
@@ -283,18 +282,46 @@ def test_pyav_takes_back_what_waits_for_dali(tmp_path: Path):
     assert "pyav" in decoders[1:]
 
 
-def test_who_waits_too_long_for_dali_is_told_so(tmp_path: Path):
-    large = _write(tmp_path, "vp9.webm", width=1280, height=720, num_frames=60)
-    sampling = SamplingConfig(num_frames=60, colour="bt601")
-    settled = partial(decode, sampling=sampling, decoder="dali", dali_threads=1)
-    _decode(large, "dali", num_frames=60)  # DALI is loaded.
+@pytest.mark.parametrize("decoder", ["dali", "both"])
+def test_a_clip_that_hangs_in_dali_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: Decoder
+):
+    """Those that wait for it, and those of its batch, are decoded by PyAV in the other half of their time."""
+    small, bad = _write(tmp_path, "vp8.webm", num_frames=5), _write(tmp_path, "vp8.mkv", num_frames=30)
+    release, decode_batch = threading.Event(), DaliDecoder.decode
+
+    def hang(self: DaliDecoder, clips: Sequence[DaliClip]) -> list[Tensor | DaliFailure]:
+        if any(clip.stream.num_packets > 20 for clip in clips):
+            release.wait(60)
+        return decode_batch(self, clips)
+
+    monkeypatch.setattr(DaliDecoder, "decode", hang)
+    clips = [Clip(path=path) for path in (*[small] * 3, bad, *[small] * 16)]
+    sampling = SamplingConfig(num_frames=32, colour="bt601")
     began = time.monotonic()
-    clips = settled([Clip(path=large)] * 4, [VIDEO] * 4, num_workers=4, timeout_seconds=0.7).clips
-    assert time.monotonic() - began <= 30
-    assert ClipStatus.TIMEOUT in {clip.status for clip in clips}
-    assert {clip.status for clip in clips} <= {ClipStatus.TIMEOUT, ClipStatus.OK}
-    (after,) = settled([Clip(path=large)], [VIDEO]).clips
-    assert after.decoder == "dali"
+    decoded = decode(
+        clips, [VIDEO] * 20, sampling, decoder=decoder, num_workers=2, dali_threads=4, timeout_seconds=6
+    ).clips
+    assert time.monotonic() - began < 30
+    release.set()
+    assert [clip.error for clip in decoded] == [None] * 20
+    assert decoded[3].decoder == "pyav"
+    for thread in threading.enumerate():
+        if thread.name == "dali":
+            thread.join(timeout=60)
+
+
+@pytest.mark.parametrize("decoder", ["dali", "both"])
+def test_an_error_that_dali_does_not_expect_ends_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: Decoder
+):
+    def fail(self: DaliDecoder, clips: Sequence[DaliClip]) -> list[Tensor | DaliFailure]:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(DaliDecoder, "decode", fail)
+    clips = [Clip(path=_write(tmp_path, "vp8.webm", num_frames=5))] * 3
+    with pytest.raises(KeyError, match="a bug"):
+        decode(clips, [VIDEO] * 3, SamplingConfig(), decoder=decoder)
 
 
 OBSTACLES = {

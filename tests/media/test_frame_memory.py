@@ -49,6 +49,13 @@ def test_what_comes_back_above_the_limit_is_freed_the_oldest_first():
     assert memory.free_bytes == 200
 
 
+def test_a_block_above_the_limit_drives_out_no_other():
+    memory = FrameMemory(kept_bytes=250)
+    small, large = memory.empty(200), memory.empty(300)
+    del small, large
+    assert memory.free_bytes == 200
+
+
 def test_nothing_is_kept_without_a_limit():
     memory = FrameMemory(kept_bytes=0)
     memory.empty(10)

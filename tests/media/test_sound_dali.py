@@ -78,11 +78,11 @@ def _sound(clip: DecodedClip) -> torch.Tensor:
     return clip.waveform
 
 
-def _is_for_dali(path: Path) -> bool:
-    clip, deadline = Clip(path=path), Deadline.after(60)
+def _is_for_dali(path: Path, **window: float) -> bool:
+    clip, deadline = Clip(path=path, **window), Deadline.after(60)
     with path.open("rb") as file, open_tracks(file, clip, deadline) as tracks:
         assert tracks.audio is not None
-        return sound_dali.is_for_dali(tracks.audio)
+        return sound_dali.is_for_dali(tracks.audio, tracks.window)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -114,6 +114,39 @@ def test_other_sound_is_the_front_ends(tmp_path: Path, name: str):
     path = _write(tmp_path / name, *OTHERS[name])
     assert not _is_for_dali(path)
     assert torch.equal(_sound(_decode(path, "dali")), _sound(_decode(path, "pyav")))
+
+
+def test_a_window_of_a_file_and_a_huge_one_are_the_front_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """DALI reads all of a file, whatever is wanted of it."""
+    path = _write(tmp_path / "16 bits.wav", *FILES["16 bits.wav"])
+    assert _is_for_dali(path)
+    assert not _is_for_dali(path, start_seconds=1.0)
+    assert not _is_for_dali(path, end_seconds=1.0)
+    monkeypatch.setattr(sound_dali, "_MAX_BYTES", 100_000)
+    assert not _is_for_dali(path)
+
+
+def _with_half_the_samples(flac: bytes) -> bytes:
+    """STREAMINFO counts samples in the lower 36 bits of its bytes 10 to 17; it lies 8 bytes into the file."""
+    numbers = int.from_bytes(flac[18:26], "big")
+    count = numbers & ((1 << 36) - 1)
+    return flac[:18] + (numbers - count + count // 2).to_bytes(8, "big") + flac[26:]
+
+
+def test_sound_of_another_length_than_the_packets_is_the_front_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    flac = _write(tmp_path / "short.flac", *FILES["mono.flac"])
+    flac.write_bytes(_with_half_the_samples(flac.read_bytes()))
+    chained = _write(tmp_path / "chained.ogg", *FILES["stereo.ogg"])
+    chained.write_bytes(chained.read_bytes() * 2)
+    for path, reason in ((flac, "the packets hold 2.00 s"), (chained, "the packets hold")):
+        caplog.clear()
+        ours, expected = (_sound(_decode(path, decoder)) for decoder in ("dali", "pyav"))
+        assert torch.equal(ours, expected)
+        assert reason in caplog.text or "go back" in caplog.text
 
 
 def test_a_file_that_dali_does_not_read_is_a_failure_of_its_own():

@@ -130,6 +130,28 @@ def test_what_a_hanging_task_returns_late_is_thrown_away(pipe: Path):
     assert results == ["0 gave up", "1 by decode"]
 
 
+def test_what_a_hanging_task_raises_late_counts_for_nothing():
+    is_given_up, raised = threading.Event(), threading.Event()
+
+    def hang() -> str:
+        is_given_up.wait(60)
+        raised.set()
+        raise OSError("too late")
+
+    def give_up(index: int) -> str:
+        is_given_up.set()
+        return f"{index} gave up"
+
+    def wait_for_the_error() -> str:
+        assert raised.wait(60)
+        time.sleep(0.1)
+        return "fine"
+
+    tasks = [hang, *[partial(_name, index) for index in range(1, 4)], wait_for_the_error]
+    results = run_watched(tasks, num_threads=1, timeout_seconds=0.1, on_timeout=give_up)
+    assert (results[0], results[-1]) == ("0 gave up", "fine")
+
+
 def test_the_first_exception_ends_the_run():
     done: list[int] = []
 
