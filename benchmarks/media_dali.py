@@ -14,10 +14,14 @@ from harness import Bench, Variant
 from media_peers import torchcodec_cuda_frames
 from omnigrpo.media.decode import Decoder, decode, decode_each
 from omnigrpo.media.decode_dali import is_installed
+from omnigrpo.media.log_mel import SAMPLE_RATE_HZ, whisper_log_mel
+from omnigrpo.media.log_mel_dali import dali_log_mel
 from omnigrpo.media.sampling import SamplingConfig
 from omnigrpo.schema import Clip, DecodedClip, Modality
 from report import Check
 
+NUM_WAVEFORMS = 8
+LOG_MEL_EQUAL = 1e-4
 VIDEO: tuple[Modality, ...] = ("video",)
 NUM_CLIPS = {"cpu": 4, "cuda": 56}
 THREADS = {"cpu": (1, 2), "cuda": (1, 2, 4, 7, 14, 28)}
@@ -72,6 +76,22 @@ def measure_dali(bench: Bench, path: Path, k: int) -> None:
         if bench.rows[at].name.startswith("DALI") and device.type == "cuda":
             figures["of 7 engines"] = pictures / seconds / CEILING_FRAMES_PER_SECOND
         bench.rows[at] = replace(bench.rows[at], figures=figures)
+
+
+def measure_log_mel(bench: Bench) -> None:
+    """Whisper's log-mels of a batch by torch, which a run uses, and by DALI's operators, on the bench's device."""
+    if not is_installed():
+        return
+    waveforms = [
+        torch.randn(10 * SAMPLE_RATE_HZ, generator=torch.Generator().manual_seed(number)).to(bench.device)
+        for number in range(NUM_WAVEFORMS)
+    ]
+    sizes = {"num_mel_bins": 128, "chunk_seconds": 30}
+    by_torch, by_dali = (partial(compute, waveforms, **sizes) for compute in (whisper_log_mel, dali_log_mel))
+    difference = float((by_torch() - by_dali()).abs().max())
+    bench.checks.append(Check.at_most("|log-mel by DALI - by torch|", difference, LOG_MEL_EQUAL))
+    variants = [Variant(name="torch", run=by_torch), Variant(name="DALI", run=by_dali)]
+    bench.compare(f"log-mel of {NUM_WAVEFORMS} waveforms of 10 s, 128 mels, {bench.device.type}", variants)
 
 
 def equality_checks(name: str, by_cpu: DecodedClip, by_dali: DecodedClip, tolerance: int) -> list[Check]:

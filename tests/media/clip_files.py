@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -48,7 +49,16 @@ class ClipRecipe:
 
 
 def write_clip(path: Path, recipe: ClipRecipe) -> Path:
-    """Encode and mux a clip."""
+    """Encode and mux a clip.
+
+    In a thread of its own: as root, SVT-AV1 makes the thread that opens it a real-time one, and so all threads that it
+    starts from then on; two that wait for each other then starve everything else on the machine.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_write_clip, path, recipe).result()
+
+
+def _write_clip(path: Path, recipe: ClipRecipe) -> Path:
     with av.open(str(path), "w", container_options=recipe.container_options) as container:
         video = _add_video(container, recipe) if recipe.num_frames else None
         audio = None

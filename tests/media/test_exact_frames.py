@@ -1,5 +1,6 @@
 """Sparse decoding gives, bit for bit, the frames that sequential decoding gives, and decodes fewer pictures."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,10 @@ def test_a_recording_that_starts_in_the_middle_starts_at_its_first_whole_picture
     path = write_clip(tmp_path / "clip.ts", x264("keyint=15:bframes=0", tone_hertz=None))
     drop_packets(7)(path)
     assert read_numbers(_frames(_decode_one(decode, Clip(path=path), 45))) == list(range(15, 60))
+
+
+def test_encoding_av1_leaves_this_thread_as_it_was(tmp_path: Path):
+    before = os.sched_getscheduler(0)
+    options = {"preset": "12"}
+    write_clip(tmp_path / "av1.mkv", ClipRecipe(codec="libsvtav1", options=options, num_frames=3))
+    assert os.sched_getscheduler(0) == before
