@@ -1,5 +1,6 @@
 """bench_media: a smoke run, and that its readers give the same frames and sound."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,8 @@ def test_a_wrong_frame_fails_the_check(bench, peers, clip: Path):
     assert all(check.ok for check in bench.equality_checks("case", decoded, sequential))
     decoded.frames_FHWC[1, 2, 3, 0] ^= 1
     sequential.waveform[7] += 1
-    assert [check.value >= 1 for check in bench.equality_checks("case", decoded, sequential)] == [True, True]
+    cut = replace(sequential, waveform=sequential.waveform[:-100])
+    assert [check.ok for check in bench.equality_checks("case", decoded, cut)] == [False, False, False]
 
 
 def test_readers_take_the_same_frames(bench, peers, clip: Path):
