@@ -328,11 +328,6 @@ class FeatureSource:
         """The pixels of several clips in one tensor, on the model's device; some may be there already."""
         if not any(pixels_F3SS.is_cuda for pixels_F3SS in pixels):
             return self._stream.to_device(torch.stack(pixels))
-        for pixels_F3SS in pixels:
-            if (
-                pixels_F3SS.is_cuda
-            ):  # Made on another stream, which must not use their memory again too early.
-                pixels_F3SS.record_stream(torch.cuda.current_stream(pixels_F3SS.device))
         return torch.stack([self._stream.to_device(pixels_F3SS) for pixels_F3SS in pixels])
 
     def _on_device(self, features: ClipFeatures) -> ClipFeatures:

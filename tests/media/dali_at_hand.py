@@ -1,9 +1,10 @@
 """Whether DALI can run here: tests that need it skip without it, and fail where it is required."""
 
-import importlib.util
 import os
 
 import pytest
+
+from omnigrpo.media.decode_dali import is_installed
 
 
 def require_dali() -> None:
@@ -11,17 +12,10 @@ def require_dali() -> None:
 
     An installed DALI that does not import raises its own ImportError: a broken install never skips.
     """
-    if _is_installed():
+    if is_installed():
         import nvidia.dali  # noqa: F401
 
         return
     if os.environ.get("OMNIGRPO_REQUIRE_DALI") == "1":
         pytest.fail("OMNIGRPO_REQUIRE_DALI=1, but nvidia.dali is not installed", pytrace=False)
     pytest.skip("needs DALI: pip install 'omnigrpo[dali]'")
-
-
-def _is_installed() -> bool:
-    # The namespace package ``nvidia`` is there with any CUDA wheel, and missing on a CPU-only machine.
-    return (
-        importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    )

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from omnigrpo.media.hubert_wave import hubert_waves
 
@@ -15,7 +16,6 @@ def _sound(num_samples: int, *, loudness: float = 0.1, offset: float = 0.0, seed
 
 
 def _expected(waveforms: list[torch.Tensor], num_samples: int | None = None, *, normalise: bool = True):
-    transformers = pytest.importorskip("transformers")
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=normalise, return_attention_mask=True)
     features = extractor(
         [waveform.numpy() for waveform in waveforms],
@@ -96,7 +96,6 @@ def test_float64_and_float16_samples_are_taken():
 
 def test_a_hubert_model_takes_the_batch():
     """The mask is one that transformers' HuBERT reads: what it hears of a short waveform is not its padding."""
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.HubertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,) * 7,

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from dali_at_hand import require_dali
 
 from omnigrpo.media.log_mel import whisper_log_mel
@@ -27,7 +28,6 @@ def _noise(num_samples: int, loudness: float) -> torch.Tensor:
 
 
 def _expected(waveforms: list[torch.Tensor], num_mel_bins: int, chunk_seconds: int) -> torch.Tensor:
-    transformers = pytest.importorskip("transformers")
     extractor = transformers.WhisperFeatureExtractor(feature_size=num_mel_bins, chunk_length=chunk_seconds)
     numpy = [waveform.numpy() for waveform in waveforms]
     return extractor(numpy, sampling_rate=16_000, return_tensors="pt")["input_features"]

@@ -4,6 +4,7 @@ Its Pillow backend runs here. Its torchvision backend needs torchvision; what th
 """
 
 from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -67,12 +68,12 @@ def _frames(num_frames: int, height: int, width: int, kind: str = "noise") -> to
 
 
 def _siglip_processor(size: int):
-    processors = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")
+    processors = import_module("transformers.models.siglip.image_processing_pil_siglip")
     return processors.SiglipImageProcessorPil(size={"height": size, "width": size})
 
 
 def _clip_processor(size: int, *, whole: bool):
-    processors = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    processors = import_module("transformers.models.clip.image_processing_pil_clip")
     square = {"height": size, "width": size}
     return processors.CLIPImageProcessorPil(
         size=square if whole else {"shortest_edge": size}, crop_size=square

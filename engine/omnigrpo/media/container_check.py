@@ -29,14 +29,8 @@ _MP4_BOXES = frozenset(
 )
 
 
-def content_hash(clip: Clip) -> str:
-    """Return the hex digest of the file's bytes and the clip's window; OSError when it cannot be read."""
-    with clip.path.open("rb") as file:
-        return hash_open_clip(file, clip)
-
-
 def hash_open_clip(file: BufferedReader, clip: Clip, deadline: Deadline | None = None) -> str:
-    """Return ``content_hash`` of a clip whose file is already open, and rewind it; ClipError when it takes too long."""
+    """Hex digest of the open file's bytes and the clip's window; rewinds it. ClipError when it takes too long."""
     file.seek(0)
     digest, buffer = hashlib.blake2b(digest_size=20), memoryview(bytearray(_HASHED_BYTES))
     while size := file.readinto(buffer):
