@@ -23,7 +23,7 @@ from torch import Tensor
 from harness import Bench, Variant, arguments, parse, require_green
 from omnigrpo.algorithm.policy import completion_logprobs
 from omnigrpo.algorithm.token_metrics import TokenMetrics
-from omnigrpo.rollout.interface import SamplingParams
+from omnigrpo.rollout.interface import GroupRequest, SamplingParams, collect
 from omnigrpo.rollout.native_engine import NativeEngine
 from omnigrpo.runtime.spans import SpanRecorder
 from omnigrpo.trainer import TrainingPack, embed
@@ -142,9 +142,12 @@ def compare_rollouts(bench: Bench, job: Job, sizes: Sizes) -> None:
     def generate(name: str, copies: int) -> None:
         repeated = [prefix for prefix in prefixes for _ in range(copies)]
         each = sizes.samples // copies
-        seeds = [list(range(index * each, (index + 1) * each)) for index in range(len(repeated))]
+        requests = [
+            GroupRequest(prefix=prefix, seeds=tuple(range(index * each, (index + 1) * each)))
+            for index, prefix in enumerate(repeated)
+        ]
         before = engine.counters
-        engine.generate(repeated, sampling, seeds)
+        collect(engine.generate(requests, sampling), len(requests))
         prefilled[name] = engine.counters.since(before).prefixes_prefilled
         phases[name].append(spans.drain())
 

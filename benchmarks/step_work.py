@@ -8,7 +8,7 @@ import torch
 
 from omnigrpo.algorithm.packing import pack, split_by_budget
 from omnigrpo.model.config import DecoderConfig
-from omnigrpo.schema import Completion, Group, PackedGroups, PrefixInputs, SharedPrefixLayout
+from omnigrpo.schema import Completion, Group, PackedGroups, PrefixInputs, SharedPrefixLayout, VersionSpan
 from omnigrpo.trainer import TrainingPack
 from omnigrpo_kernels.grpo_objective import BatchCounts, TokenBatch, token_weights
 
@@ -42,7 +42,7 @@ def random_groups(
             token_ids=tuple(ids.tolist()),
             logprobs=logprobs,
             finish_reason="length",
-            weight_version=0,
+            version_spans=(VersionSpan(version=0, num_tokens=sizes.completion),),
             cached_tokens=0,
         )
 

@@ -29,6 +29,7 @@ from omnigrpo.schema import (
     Modality,
     PrefixInputs,
     Prompt,
+    VersionSpan,
 )
 from omnigrpo.trainer import RolloutConfig, Trainer, TrainerConfig
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig
@@ -85,7 +86,7 @@ def group(prefix: PrefixInputs, lengths: Sequence[int], *, seed: int = 0) -> Gro
             token_ids=tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()),
             logprobs=(-1.0,) * length,
             finish_reason="stop",
-            weight_version=0,
+            version_spans=(VersionSpan(version=0, num_tokens=length),),
             cached_tokens=0,
         )
         for length in lengths

@@ -263,7 +263,7 @@ def test_steps_and_run_seeds_differ(builders, policy, prefixes):
 def test_completions_carry_the_version_that_made_them(builders, policy, prefixes):
     trainer = builders.trainer(policy, prefixes)
     reports = [trainer.step() for _ in range(3)]
-    versions = [{c.weight_version for group in r.groups for c in group.completions} for r in reports]
+    versions = [{c.oldest_version for group in r.groups for c in group.completions} for r in reports]
     assert versions == [{0}, {1}, {2}]
 
 

@@ -32,7 +32,7 @@ from omnigrpo.runtime.spans import SpanRecorder
 from omnigrpo.runtime.state_tree import capture_rng, restore_rng
 from omnigrpo.schema import DroppedPrompt, Prefix, Prompt
 from omnigrpo.sft import SupervisedTrainer
-from omnigrpo.trainer import Trainer, embed
+from omnigrpo.trainer import Trainer, embed, trained_weights
 
 CONFIG_FILE = "config.toml"
 CHECKPOINTS_DIRECTORY = "checkpoints"
@@ -264,7 +264,7 @@ def _drive(
             state = load_state(checkpoint)
             trainer.steps_done = state["step"]
             if isinstance(trainer, Trainer):
-                trainer.rollout.publish(trainer.steps_done)
+                trainer.rollout.publish(trained_weights(parts.loaded.model), trainer.steps_done)
             optimizer.load_state_dict(state["optimizer"])
             restore_rng(state["rng"])
         log.truncate_after(trainer.steps_done)

@@ -18,7 +18,7 @@ from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 Modality = Literal["video", "audio"]
 DecoderName = Literal["pyav", "dali"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "budget"]
 
 VIDEO_ROW = -201
 """Placeholder token id of a prefix row that holds a visual embedding (HumanOmni's value)."""
@@ -170,18 +170,47 @@ class PrefixStates:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VersionSpan:
+    """Consecutive tokens of one completion that the same weights generated."""
+
+    version: int
+    """As it was published."""
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """One sampled answer."""
+    """One sampled answer, or the part of it that a token budget allowed."""
 
     token_ids: tuple[int, ...]
     """Generated ids, the stop token included when there is one."""
     logprobs: tuple[float, ...]
-    """Natural log-prob of each id under softmax(logits / temperature), before top-k and top-p."""
+    """Natural log-prob of each id under softmax(logits / temperature), before top-k and top-p, by the weights that
+    generated it."""
     finish_reason: FinishReason
-    weight_version: int
-    """The published version that generated every token."""
+    version_spans: tuple[VersionSpan, ...]
+    """Which published version generated which tokens, in order; the spans cover all of them."""
     cached_tokens: int
-    """Prefix rows that this sample did not compute itself because its group shares them."""
+    """Rows before its first new token that this sample did not compute itself because its group shares them."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError when log-probs or version spans do not cover the tokens."""
+        covered = sum(span.num_tokens for span in self.version_spans)
+        if not len(self.token_ids) == len(self.logprobs) == covered:
+            raise ValueError(
+                f"Completion: {len(self.token_ids)} tokens, {len(self.logprobs)} log-probs, and version spans of "
+                f"{covered} tokens; all three must cover the same tokens"
+            )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it ended by itself or at its longest, rather than at a budget."""
+        return self.finish_reason != "budget"
+
+    @property
+    def oldest_version(self) -> int:
+        """The earliest version that generated one of its tokens; raises ValueError for a completion without tokens."""
+        return min(span.version for span in self.version_spans)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from omnigrpo.prefix_source import PrefixSource
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
 from omnigrpo.runtime.spans import Phase, SpanRecorder
-from omnigrpo.schema import Completion, Group, PrefixInputs, Prompt, StepReport
+from omnigrpo.schema import Completion, Group, PrefixInputs, Prompt, StepReport, VersionSpan
 from omnigrpo_kernels.linear_token_loss import linear_token_loss
 
 
@@ -95,6 +95,10 @@ class SupervisedTrainer:
             raise ValueError(f"prompt {inputs.prompt.prompt_id!r} has no response to imitate")
         ids = tuple(self.prompt_encoder.encode_response(response))
         completion = Completion(
-            token_ids=ids, logprobs=(0.0,) * len(ids), finish_reason="stop", weight_version=0, cached_tokens=0
+            token_ids=ids,
+            logprobs=(0.0,) * len(ids),
+            finish_reason="stop",
+            version_spans=(VersionSpan(version=0, num_tokens=len(ids)),),
+            cached_tokens=0,
         )
         return Group(inputs=inputs, completions=(completion,), texts=(response,))

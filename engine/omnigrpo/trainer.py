@@ -4,7 +4,7 @@ import hashlib
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -21,7 +21,7 @@ from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.prompting import PromptEncoder
 from omnigrpo.prefix_source import PrefixSource, SourceBatch
 from omnigrpo.reward.composition import RewardSet
-from omnigrpo.rollout.interface import RolloutEngine, SamplingParams
+from omnigrpo.rollout.interface import GroupRequest, RolloutEngine, SamplingParams, collect
 from omnigrpo.rollout.native_engine import NativeEngineConfig
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
@@ -160,7 +160,7 @@ class Trainer:
             packs = [self.accumulate(training_pack, metrics) for training_pack in packs]
             grad_norms.append(self.update())
         with self.spans.span(Phase.PUBLISH):
-            self.rollout.publish(self.steps_done + 1)
+            self.rollout.publish(trained_weights(self.policy), self.steps_done + 1)
         report = self.report(groups, rewards, batch, metrics, grad_norms)
         self.steps_done += 1
         return report
@@ -170,11 +170,12 @@ class Trainer:
         self._check_budget(inputs)
         with self.spans.span(Phase.PREFILL), torch.no_grad():
             prefixes = embed(self.policy, inputs)
-        completions = self.rollout.generate(
-            prefixes,
-            self.rollout_config.sampling(stop_token_ids=self.prompt_encoder.stop_token_ids),
-            self._seeds(inputs),
-        )
+        requests = [
+            GroupRequest(prefix=prefix, seeds=seeds)
+            for prefix, seeds in zip(prefixes, self._seeds(inputs), strict=True)
+        ]
+        sampling = self.rollout_config.sampling(stop_token_ids=self.prompt_encoder.stop_token_ids)
+        completions = collect(self.rollout.generate(requests, sampling), len(requests))
         return [
             Group(
                 inputs=prefix,
@@ -306,7 +307,7 @@ class Trainer:
                     f"completion, but trainer.budget_rows is {budget}: raise it, or lower rollout.max_new_tokens"
                 )
 
-    def _seeds(self, inputs: Sequence[PrefixInputs]) -> list[list[int]]:
+    def _seeds(self, inputs: Sequence[PrefixInputs]) -> list[tuple[int, ...]]:
         """Sampling seeds that depend on run seed, step, rank, prompt and sample, not on the rest of the batch."""
         seen: Counter[str] = Counter()
         seeds = []
@@ -314,8 +315,13 @@ class Trainer:
             prompt_id = prefix.prompt.prompt_id
             key = f"{self.seed}/{self.steps_done}/{self.world.rank}/{prompt_id}/{seen[prompt_id]}"
             seen[prompt_id] += 1
-            seeds.append([_seed(f"{key}/{sample}") for sample in range(self.rollout_config.samples)])
+            seeds.append(tuple(_seed(f"{key}/{sample}") for sample in range(self.rollout_config.samples)))
         return seeds
+
+
+def trained_weights(model: HumanOmni) -> Iterator[tuple[str, Tensor]]:
+    """The weights that training changes, by their names in the checkpoint."""
+    return ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def embed(model: HumanOmni, inputs: Sequence[PrefixInputs]) -> list[Prefix]:

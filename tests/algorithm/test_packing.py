@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from omnigrpo.algorithm.packing import pack, split_by_budget
-from omnigrpo.schema import Clip, ClipFeatures, Completion, Group, PrefixInputs, Prompt
+from omnigrpo.schema import Clip, ClipFeatures, Completion, Group, PrefixInputs, Prompt, VersionSpan
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 
 
@@ -32,7 +32,7 @@ def make_group(prefix_length: int, completion_lengths: list[int], first_token: i
                 token_ids=ids,
                 logprobs=tuple(-float(i) for i in ids),
                 finish_reason="stop",
-                weight_version=0,
+                version_spans=(VersionSpan(version=0, num_tokens=length),),
                 cached_tokens=0,
             )
         )

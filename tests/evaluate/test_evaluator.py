@@ -1,5 +1,5 @@
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
 from omnigrpo.evaluate.evaluator import evaluate
-from omnigrpo.rollout.interface import RolloutCounters, SamplingParams
+from omnigrpo.rollout.interface import FinishedGroup, GroupRequest, SamplingParams
 from omnigrpo.schema import (
     Clip,
     ClipFeatures,
@@ -18,6 +18,7 @@ from omnigrpo.schema import (
     Prefix,
     PrefixInputs,
     Prompt,
+    VersionSpan,
 )
 
 ANSWERS = (
@@ -53,32 +54,25 @@ class ScriptedEngine:
         self.batches: list[int] = []
         self.sampling: list[SamplingParams] = []
 
-    @property
-    def counters(self) -> RolloutCounters:
-        return RolloutCounters()
-
     def generate(
-        self, prefixes: Sequence[Prefix], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[tuple[Completion, ...]]:
-        assert [len(seed) for seed in seeds] == [1] * len(prefixes)
-        self.batches.append(len(prefixes))
+        self, requests: Sequence[GroupRequest], sampling: SamplingParams
+    ) -> Generator[FinishedGroup, None, None]:
+        assert [len(request.seeds) for request in requests] == [1] * len(requests)
+        self.batches.append(len(requests))
         self.sampling.append(sampling)
-        return [
+        groups = [
             (
                 Completion(
-                    token_ids=(int(prefix.inputs.token_ids_P[0]),) * 4,
+                    token_ids=(int(request.prefix.inputs.token_ids_P[0]),) * 4,
                     logprobs=(0.0,) * 4,
                     finish_reason="length" if index == 0 else "stop",
-                    weight_version=0,
+                    version_spans=(VersionSpan(version=0, num_tokens=4),),
                     cached_tokens=0,
                 ),
             )
-            for index, prefix in enumerate(prefixes)
+            for index, request in enumerate(requests)
         ]
-
-    def publish(self, version: int) -> None: ...
-
-    def close(self) -> None: ...
+        return (FinishedGroup(index=i, completions=group) for i, group in reversed(list(enumerate(groups))))
 
 
 def run(engine: ScriptedEngine, **changes: Any) -> EvaluationReport:

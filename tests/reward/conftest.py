@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnigrpo.schema import Clip, ClipFeatures, Completion, Group, PrefixInputs, Prompt
+from omnigrpo.schema import Clip, ClipFeatures, Completion, Group, PrefixInputs, Prompt, VersionSpan
 
 
 def _group(*texts: str, solution: str = "happy", prompt_id: str = "clip-7") -> Group:
@@ -22,7 +22,11 @@ def _group(*texts: str, solution: str = "happy", prompt_id: str = "clip-7") -> G
         features=ClipFeatures(vision_FND=None, audio_AD=None),
     )
     completion = Completion(
-        token_ids=(3, 4), logprobs=(-0.1, -0.2), finish_reason="stop", weight_version=0, cached_tokens=2
+        token_ids=(3, 4),
+        logprobs=(-0.1, -0.2),
+        finish_reason="stop",
+        version_spans=(VersionSpan(version=0, num_tokens=2),),
+        cached_tokens=2,
     )
     return Group(inputs=inputs, completions=(completion,) * len(texts), texts=texts)
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from itertools import islice
 
 from omnigrpo.evaluate.evaluation_report import EvaluatedClip, EvaluationReport, summarise
-from omnigrpo.rollout.interface import RolloutEngine, SamplingParams
+from omnigrpo.rollout.interface import GroupRequest, Sampler, SamplingParams, collect
 from omnigrpo.schema import Completion, DroppedPrompt, Prefix
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: Sampler,
     prefixes: Iterable[Prefix],
     *,
     detokenize: Callable[[Sequence[int]], str],
@@ -40,7 +40,8 @@ def evaluate(
     seconds = 0.0
     for batch in _batched(prefixes, batch_size):
         started = time.perf_counter()
-        completions = engine.generate(batch, greedy, [(0,)] * len(batch))
+        requests = [GroupRequest(prefix=prefix, seeds=(0,)) for prefix in batch]
+        completions = collect(engine.generate(requests, greedy), len(batch))
         seconds += time.perf_counter() - started
         clips += [
             _evaluated(prefix, only, detokenize) for prefix, (only,) in zip(batch, completions, strict=True)

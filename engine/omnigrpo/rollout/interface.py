@@ -1,10 +1,12 @@
 """What a rollout engine is: prefixes in, sampled completions out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+from torch import Tensor
 
 from omnigrpo.schema import Completion, Prefix
 
@@ -23,6 +25,8 @@ class SamplingParams:
     """Tokens of a completion at most, the stop token included."""
     stop_token_ids: tuple[int, ...] = ()
     """A completion ends with the first of these that is drawn."""
+    token_budget: int | None = None
+    """Tokens that one call adds to a completion at most; what needs more ends with ``budget`` and can be continued."""
 
     def __post_init__(self) -> None:
         """Reject values that no sampler can honour."""
@@ -36,6 +40,8 @@ class SamplingParams:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; 1 turns it off")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget must be >= 1, or None for no limit, got {self.token_budget}")
         if any(token < 0 for token in self.stop_token_ids):
             raise ValueError(f"stop_token_ids must be >= 0, got {self.stop_token_ids}")
 
@@ -66,27 +72,130 @@ class RolloutCounters:
         )
 
 
-class RolloutEngine(Protocol):
-    """Samples completions of prefixes."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupRequest:
+    """One prompt and the samples that are wanted of it."""
+
+    prefix: Prefix
+    seeds: tuple[int, ...]
+    """One per sample. Engines that say so draw the same tokens for the same seed; the others ignore the values."""
+    begun: tuple[Completion | None, ...] = ()
+    """What an earlier call left unfinished, per sample: its tokens and log-probs are kept and sampling goes on after
+    them; a finished one is handed back as it is; None starts at the prefix. Empty for None everywhere."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError when ``begun`` does not fit the samples."""
+        if self.begun and len(self.begun) != len(self.seeds):
+            raise ValueError(
+                f"GroupRequest of prompt {self.prefix.inputs.prompt.prompt_id!r}: {len(self.seeds)} seeds but "
+                f"{len(self.begun)} begun completions; give one for each sample, or none at all"
+            )
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"prompt {self.prefix.inputs.prompt.prompt_id!r}"
+
+    def begun_by(self, sample: int) -> Completion | None:
+        """What this sample has so far."""
+        return self.begun[sample] if self.begun else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedGroup:
+    """All samples of one request."""
+
+    index: int
+    """Of its request in the call."""
+    completions: tuple[Completion, ...]
+    """One per seed, in that order."""
+
+
+class GroupStream(Protocol):
+    """The groups of one ``generate`` call, each as soon as its last sample ends, in any order."""
+
+    def __iter__(self) -> "GroupStream":
+        """Itself."""
+        ...
+
+    def __next__(self) -> FinishedGroup:
+        """Wait for the next group; RolloutError when the engine cannot give it."""
+        ...
+
+    def close(self) -> None:
+        """Abort what is under way; nothing more is yielded."""
+        ...
+
+
+class RolloutError(RuntimeError):
+    """The engine could not generate or take weights; the message says what, and what to do."""
+
+
+class Sampler(Protocol):
+    """What draws samples; all that an evaluation needs of an engine."""
+
+    def generate(self, requests: Sequence[GroupRequest], sampling: SamplingParams) -> GroupStream:
+        """Begin to draw the samples of every request.
+
+        An engine with weights of its own works while the caller does something else; the others work while the stream
+        is read.
+
+        Raises ValueError for requests or parameters that cannot be served: an empty prefix, one that with its new
+        tokens exceeds the context, embeddings of another width than the model's, a stop token outside the vocabulary.
+        """
+        ...
+
+
+class RolloutEngine(Sampler, Protocol):
+    """Draws samples by weights that are published to it."""
 
     @property
     def counters(self) -> RolloutCounters:
         """Totals so far."""
         ...
 
-    def generate(
-        self, prefixes: Sequence[Prefix], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[tuple[Completion, ...]]:
-        """Draw ``len(seeds[i])`` completions of ``prefixes[i]``, one per seed and in that order."""
+    @property
+    def overlaps_training(self) -> bool:
+        """Whether it has weights of its own, so that it can generate while the trainer changes its own."""
         ...
 
-    def publish(self, version: int) -> None:
-        """Make the trainer's current weights the ones that generate, under this version."""
+    def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Generate with these weights from now on, and call them ``version``.
+
+        Args:
+            weights: every parameter that may have changed since the last call, by its name in the checkpoint. An
+                engine that shares the trainer's memory does not read it.
+            version: not below the last one.
+
+        Raises RolloutError when the engine could not take them all: it goes on with its old version then.
+        """
+        ...
+
+    def pause(self) -> None:
+        """Stop drawing tokens; what is under way keeps its state."""
+        ...
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        ...
+
+    def release_memory(self) -> None:
+        """Give the device memory that only generation needs to the update; nothing may be under way."""
+        ...
+
+    def restore_memory(self) -> None:
+        """Take it back."""
         ...
 
     def close(self) -> None:
         """Release what the engine holds; it generates nothing afterwards."""
         ...
+
+
+def collect(stream: GroupStream, num_groups: int) -> list[tuple[Completion, ...]]:
+    """Wait for all groups of a call and return their completions in the order of the requests."""
+    completions = {group.index: group.completions for group in stream}
+    return [completions[index] for index in range(num_groups)]
 
 
 class Spans(Protocol):

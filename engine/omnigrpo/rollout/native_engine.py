@@ -6,7 +6,7 @@ Legend: ``B`` groups of a wave, ``W`` slots of a group, ``S`` rows (samples), ``
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,10 +24,23 @@ from omnigrpo.rollout.decode_cache import (
     cache_dtype,
     matmul_float32,
 )
-from omnigrpo.rollout.interface import RolloutCounters, SamplingParams, Spans
+from omnigrpo.rollout.interface import (
+    FinishedGroup,
+    GroupRequest,
+    RolloutCounters,
+    SamplingParams,
+    Spans,
+)
 from omnigrpo.rollout.sampling import sample_tokens
 from omnigrpo.runtime.spans import Phase
-from omnigrpo.schema import Completion, Prefix, PrefixStates, SharedPrefixLayout, joined_positions
+from omnigrpo.schema import (
+    Completion,
+    Prefix,
+    PrefixStates,
+    SharedPrefixLayout,
+    VersionSpan,
+    joined_positions,
+)
 
 
 class PolicyDecoder(Protocol):
@@ -131,7 +144,7 @@ class NativeEngine:
         """Totals so far."""
         return self._counters
 
-    def publish(self, version: int) -> None:
+    def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Name the weights; they are the model's own, so nothing is copied."""
         self._version = version
 
@@ -139,28 +152,54 @@ class NativeEngine:
         """Let go of the model."""
         self._model = None
 
-    @torch.no_grad()
+    @property
+    def overlaps_training(self) -> bool:
+        """False: the weights are the trainer's own."""
+        return False
+
+    def pause(self) -> None:
+        """Nothing to do: tokens are drawn only while a stream is read."""
+
+    def resume(self) -> None:
+        """Nothing to do."""
+
+    def release_memory(self) -> None:
+        """Nothing to do: caches live as long as a stream."""
+
+    def restore_memory(self) -> None:
+        """Nothing to do."""
+
     def generate(
-        self, prefixes: Sequence[Prefix], sampling: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[tuple[Completion, ...]]:
-        """Draw ``len(seeds[i])`` completions of ``prefixes[i]``; a prefix without seeds is not prefilled.
+        self, requests: Sequence[GroupRequest], sampling: SamplingParams
+    ) -> Generator[FinishedGroup, None, None]:
+        """Draw the samples of every request while the stream is read; one without seeds is not prefilled.
 
         Raises ``ValueError`` before any work when an argument cannot be honoured, and ``FloatingPointError``
         when the model's logits are not finite.
         """
         model = self._open_model()
+        prefixes, seeds = [r.prefix for r in requests], [r.seeds for r in requests]
         _validate(model, prefixes, sampling, seeds)
-        completions: list[tuple[Completion, ...]] = [()] * len(prefixes)
-        with _evaluating(model):
-            head_VD = model.head_weight_VD
-            head_VD = head_VD.to(cache_dtype(head_VD))
-            for wave in self._waves(prefixes, seeds):
+        return self._finished(model, prefixes, sampling, seeds)
+
+    @torch.no_grad()
+    def _finished(
+        self,
+        model: PolicyModel,
+        prefixes: Sequence[Prefix],
+        sampling: SamplingParams,
+        seeds: Sequence[Sequence[int]],
+    ) -> Generator[FinishedGroup, None, None]:
+        yield from (FinishedGroup(index=i, completions=()) for i, group in enumerate(seeds) if not group)
+        for wave in self._waves(prefixes, seeds):
+            with _evaluating(model):
+                head_VD = model.head_weight_VD
+                head_VD = head_VD.to(cache_dtype(head_VD))
                 drawn = self._generate_wave(
                     model, head_VD, [prefixes[i] for i in wave], sampling, [seeds[i] for i in wave]
                 )
-                for index, group in zip(wave, drawn, strict=True):
-                    completions[index] = group
-        return completions
+            for index, group in zip(wave, drawn, strict=True):
+                yield FinishedGroup(index=index, completions=group)
 
     def _open_model(self) -> PolicyModel:
         if self._model is None:
@@ -342,7 +381,7 @@ def _collect(
             token_ids=tuple(tokens[:length]),
             logprobs=tuple(logprobs[:length]),
             finish_reason="stop" if tokens[length - 1] in stops else "length",
-            weight_version=version,
+            version_spans=(VersionSpan(version=version, num_tokens=length),),
             cached_tokens=cached_tokens,
         )
 
