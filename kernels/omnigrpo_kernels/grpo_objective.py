@@ -34,6 +34,7 @@ from omnigrpo_kernels import grpo_objective_cuda
 LossForm = Literal["grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "sapo"]
 KlEstimator = Literal["k1", "k2", "k3", "k3_k2grad"]
 ImportanceCorrection = Literal["truncated", "masked"]
+ImportanceLevel = Literal["token", "sequence"]
 
 LOG_RATIO_BOUND = 20.0
 """Log-ratios are clamped to +-20 nats before exp, so that no ratio overflows; outside, a ratio has no gradient."""
@@ -64,8 +65,11 @@ class ObjectiveConfig:
     importance_correction: ImportanceCorrection = "truncated"
     """What happens to a rollout importance weight old / rollout above max_importance_weight: truncated takes the
     maximum instead (TRL's token_truncate); masked makes it 0, also below the minimum (IcePop; TRL's token_mask)."""
+    importance_level: ImportanceLevel = "token"
+    """Whose weight old / rollout is taken: each token's own, or its sequence's, the product over the sequence's active
+    tokens, for all of them (TRL's sequence_truncate and sequence_mask)."""
     max_importance_weight: float | None = None
-    """Largest train/rollout importance weight of a token; None leaves the mismatch uncorrected."""
+    """Largest train/rollout importance weight; None leaves the mismatch uncorrected."""
     min_importance_weight: float = 0.0
     """Smallest importance weight that "masked" keeps."""
     sapo_temperature_positive: float = 1.0
@@ -78,6 +82,7 @@ class ObjectiveConfig:
         _require_choice("loss", self.loss, LossForm)
         _require_choice("kl_estimator", self.kl_estimator, KlEstimator)
         _require_choice("importance_correction", self.importance_correction, ImportanceCorrection)
+        _require_choice("importance_level", self.importance_level, ImportanceLevel)
         _require(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "be in [0, 1]")
         for name in ("clip_high", "kl_coefficient", "min_importance_weight"):
             value = getattr(self, name)
@@ -245,7 +250,13 @@ class TokenTerms:
 
 def couples_sequences(batch: TokenBatch, config: ObjectiveConfig) -> bool:
     """Whether a token's terms depend on its sequence's other tokens, so that a chunk must hold whole sequences."""
-    return config.loss == "gspo" and batch.old_C is not None
+    has_sequence_ratio = config.loss == "gspo" and batch.old_C is not None
+    return has_sequence_ratio or (config.importance_level == "sequence" and _corrects(batch, config))
+
+
+def _corrects(batch: TokenBatch, config: ObjectiveConfig) -> bool:
+    """Whether the surrogate is weighted for the mismatch of rollout and training."""
+    return config.max_importance_weight is not None and batch.rollout_C is not None
 
 
 def token_terms(
@@ -281,7 +292,8 @@ def token_terms(
     surrogate_C, clipped_C = _surrogate(logprob_C, ratio_C, advantage_C, config)
     importance_C = kl_C = None
     if config.max_importance_weight is not None and rollout_C is not None:
-        importance_C = _importance(logprob_C.detach() if old_C is None else old_C, rollout_C, config)
+        policy_C = logprob_C.detach() if old_C is None else old_C
+        importance_C = _importance(policy_C, rollout_C, active_C, batch.sequence_C, config)
         surrogate_C = surrogate_C * importance_C
     loss_C = -surrogate_C
     if reference_C is not None:
@@ -324,11 +336,10 @@ def _token_terms_cuda(
 
 def switches(batch: TokenBatch, config: ObjectiveConfig) -> grpo_objective_cuda.Switches:
     """What the CUDA kernel is told."""
-    corrects = config.max_importance_weight is not None and batch.rollout_C is not None
     return grpo_objective_cuda.Switches(
         loss=config.loss if config.loss in ("sapo", "cispo") else "clip",
         kl="none" if batch.reference_C is None else config.kl_estimator,
-        importance=config.importance_correction if corrects else "none",
+        importance=config.importance_correction if _corrects(batch, config) else "none",
         low=1 - config.clip_low,
         high=1 + config.clip_high,
         dual=math.inf if config.dual_clip is None else config.dual_clip,
@@ -382,15 +393,16 @@ def _ratio(
     if old_C is None:
         log_ratio_C = logprob_C - logprob_C.detach()
     elif config.loss == "gspo":
-        mean_C = _sequence_means(logprob_C.detach() - old_C, active_C, sequence_C)
+        total_C, length_C = _sequence_sums(logprob_C.detach() - old_C, active_C, sequence_C)
+        mean_C = torch.where(active_C, total_C / length_C.clamp_min(1), 0).to(logprob_C.dtype)
         log_ratio_C = mean_C + (logprob_C - logprob_C.detach())
     else:
         log_ratio_C = logprob_C - old_C
     return torch.exp(log_ratio_C.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
 
 
-def _sequence_means(value_C: Tensor, active_C: Tensor, sequence_C: Tensor) -> Tensor:
-    """At each active token, the mean over its sequence's active tokens; 0 at masked ones, where values are 0 too.
+def _sequence_sums(value_C: Tensor, active_C: Tensor, sequence_C: Tensor) -> tuple[Tensor, Tensor]:
+    """At each token, the sum over its sequence's tokens of the values, which are 0 where masked, and of its active ones.
 
     Sums are float64, and index_put rather than index_add: on CUDA it sorts, so a second run gives the same bits.
     """
@@ -398,8 +410,7 @@ def _sequence_means(value_C: Tensor, active_C: Tensor, sequence_C: Tensor) -> Te
     zeros_C = torch.zeros_like(value_C, dtype=torch.float64)
     totals_C = zeros_C.index_put((slot_C,), value_C.double(), accumulate=True)
     lengths_C = zeros_C.index_put((slot_C,), active_C.double(), accumulate=True)
-    means_C = (totals_C / lengths_C.clamp_min(1))[slot_C].to(value_C.dtype)
-    return torch.where(active_C, means_C, 0)
+    return totals_C[slot_C], lengths_C[slot_C]
 
 
 def _surrogate(
@@ -422,8 +433,14 @@ def _surrogate(
     return surrogate_C, (bounded_C.detach() != ratio_C.detach()) & (advantage_C != 0)
 
 
-def _importance(old_C: Tensor, rollout_C: Tensor, config: ObjectiveConfig) -> Tensor:
-    weight_C = torch.exp((old_C - rollout_C).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+def _importance(
+    old_C: Tensor, rollout_C: Tensor, active_C: Tensor, sequence_C: Tensor, config: ObjectiveConfig
+) -> Tensor:
+    log_weight_C = old_C - rollout_C
+    if config.importance_level == "sequence":
+        total_C, _ = _sequence_sums(log_weight_C, active_C, sequence_C)
+        log_weight_C = torch.where(active_C, total_C, 0).to(log_weight_C.dtype)
+    weight_C = torch.exp(log_weight_C.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
     assert config.max_importance_weight is not None
     if config.importance_correction == "truncated":
         return weight_C.clamp(max=config.max_importance_weight)

@@ -433,6 +433,34 @@ def test_importance_weights_multiply_the_surrogate_alone(
     assert gradient_C.tolist() == pytest.approx([-w * ratio + 0.1 * x for w in weights])
 
 
+@pytest.mark.parametrize(
+    ("switches", "weights"),
+    [
+        ({"max_importance_weight": 5.0}, [2.0, 5.0, 2.0, 0.3, 5.0]),
+        ({"importance_correction": "masked", "max_importance_weight": 5.0}, [2.0, 0.0, 2.0, 0.3, 0.0]),
+    ],
+    ids=["truncated", "masked"],
+)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_a_sequences_weight_is_the_product_of_its_tokens(
+    switches: dict[str, Any], weights: list[float], on_policy: bool
+) -> None:
+    """Sequences of products 4 * 0.5 = 2, 2 * 3 = 6 and 0.3, interleaved; a masked token takes no part."""
+    ratios = (4.0, 2.0, 0.5, 0.3, 3.0)
+    old_C = vector(*[-1.0] * 6)
+    batch = tokens(
+        vector(*[1.0] * 6),
+        sequence_C=torch.tensor([7, 2, 7, 5, 2, 7]),
+        weight_C=vector(1, 1, 1, 1, 1, 0),
+        rollout_C=vector(*(-1 - math.log(ratio) for ratio in ratios), -math.inf),
+        old_C=None if on_policy else old_C,
+    )
+    terms, gradient_C = evaluate(old_C, batch, config_of(importance_level="sequence", **switches))
+    assert terms.importance_C is not None
+    assert terms.importance_C[:5].tolist() == pytest.approx(weights)
+    assert gradient_C.tolist() == pytest.approx([-w for w in weights] + [0.0])
+
+
 def test_a_weight_at_the_edge_is_kept() -> None:
     switches = {"importance_correction": "masked", "max_importance_weight": 1.0, "min_importance_weight": 1.0}
     terms, _ = evaluate(vector(-1.0), tokens(vector(1.0), rollout_C=vector(-1.0)), config_of(**switches))
@@ -657,6 +685,15 @@ def test_chunks_add_up_to_their_pack(loss: LossForm) -> None:
     value, gradient_C = loss_and_gradient(logprob_C, batch, config)
     assert sum(part for part, _ in parts) == pytest.approx(value, rel=1e-13)
     torch.testing.assert_close(torch.cat([part for _, part in parts]), gradient_C, rtol=1e-13, atol=0)
+
+
+def test_sequence_weights_couple_their_tokens_also_on_policy() -> None:
+    config = config_of(importance_level="sequence", max_importance_weight=2.0)
+    assert couples_sequences(tokens(vector(1.0), rollout_C=vector(0.0)), config)
+    assert not couples_sequences(tokens(vector(1.0)), config)
+    assert not couples_sequences(
+        tokens(vector(1.0), rollout_C=vector(0.0)), config_of(importance_level="sequence")
+    )
 
 
 def test_no_sequence_is_coupled_on_policy() -> None:
