@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure_steps(bench, job, sizes)
         compare_updates(bench, job, sizes)
         compare_rollouts(bench, job, sizes)
-        job.trainer.source.close()
+        job.trainer.sampler.source.close()
     return bench.report()
 
 

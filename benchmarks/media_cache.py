@@ -51,7 +51,7 @@ def measure_cached_step(bench: Bench) -> None:
     """Count the clips that a whole GRPO step decodes when all of its clips are cached."""
     with tempfile.TemporaryDirectory() as directory:
         job = clips_job(Path(directory), STEP, torch.device("cpu"))
-        source = job.trainer.source
+        source = job.trainer.sampler.source
         before = source.num_decoded
         job.trainer.step()
         bench.checks += [

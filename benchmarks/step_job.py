@@ -9,10 +9,12 @@ from typing import cast
 import torch
 
 from omnigrpo.algorithm.advantage import AdvantageConfig
+from omnigrpo.algorithm.agreement import AgreementConfig
 from omnigrpo.data.dataset import PromptStyle, read_dataset
 from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset, vocabulary_texts
 from omnigrpo.demo import build_base
+from omnigrpo.group_sampler import GroupSampler
 from omnigrpo.model.checkpoint_format import load_model, towers_hash
 from omnigrpo.model.config import AudioConfig, DecoderConfig, HumanOmniConfig, VisionConfig, tiny
 from omnigrpo.model.humanomni import HumanOmni, reference_copy
@@ -20,12 +22,13 @@ from omnigrpo.model.prompting import PromptEncoder, PromptTemplate
 from omnigrpo.model.tiny_tokenizer import build_gate_tokenizer, build_tokenizer
 from omnigrpo.prefix_source import MediaConfig, PrefixSource, SourceBatch
 from omnigrpo.reward.composition import RewardConfig, RewardSet, RewardTerm
+from omnigrpo.rollout.config import RolloutConfig
 from omnigrpo.rollout.native_engine import NativeEngine
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer, OptimizerConfig
 from omnigrpo.runtime.spans import SpanRecorder
 from omnigrpo.schema import Clip, ClipFeatures, Group, PrefixInputs, Prompt
-from omnigrpo.trainer import RolloutConfig, Trainer, TrainerConfig
+from omnigrpo.trainer import Trainer, TrainerConfig
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 from step_work import Sizes
 
@@ -53,8 +56,8 @@ class Job:
     def forget_clips(self) -> None:
         """Give the trainer a source that has seen no clip."""
         assert self.new_source is not None, "only a job on clips has a cold cache"
-        self.trainer.source.close()
-        self.trainer.source = self.new_source()
+        self.trainer.sampler.source.close()
+        self.trainer.sampler.source = self.new_source()
 
 
 class RandomFeatures:
@@ -172,22 +175,31 @@ def _trainer(
 ) -> tuple[Trainer, tuple[PrefixInputs, ...]]:
     if sizes.prefix is not None:
         prompts = [_lengthened(prompt, encoder, model.config, sizes.prefix) for prompt in prompts]
-    trainer = Trainer(
+    config = TrainerConfig(prompts_per_step=len(prompts))
+    sampler = GroupSampler(
         policy=model,
-        reference=reference_copy(model),
         prompts=PromptStream(prompts=prompts, batch_size=len(prompts), seed=0),
         prompt_encoder=encoder,
         source=source,
-        rollout=NativeEngine(model, spans=spans),
+        engine=NativeEngine(model, spans=spans),
         rewards=RewardSet.from_config(RewardConfig(terms=(*RewardConfig().terms, RewardTerm(name=SPREAD)))),
-        optimizer=Optimizer(model.named_parameters(), OptimizerConfig(), total_steps=1000),
         spans=spans,
         world=World(),
         seed=0,
-        rollout_config=RolloutConfig(samples=sizes.samples, max_new_tokens=sizes.completion),
+        budget_rows=config.budget_rows,
+        config=RolloutConfig(samples=sizes.samples, max_new_tokens=sizes.completion),
+    )
+    trainer = Trainer(
+        policy=model,
+        reference=reference_copy(model),
+        sampler=sampler,
+        optimizer=Optimizer(model.named_parameters(), OptimizerConfig(), total_steps=1000),
+        spans=spans,
+        world=World(),
         advantage_config=AdvantageConfig(),
         objective_config=ObjectiveConfig(),
-        config=TrainerConfig(prompts_per_step=len(prompts)),
+        agreement_config=AgreementConfig(),
+        config=config,
     )
     inputs = source.inputs(prompts).inputs
     spans.drain()

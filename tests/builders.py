@@ -1,6 +1,7 @@
 """Small trainers for tests: the model, packing, objective and optimizer are real, what feeds them is given."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,10 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from omnigrpo.algorithm.advantage import AdvantageConfig
+from omnigrpo.algorithm.agreement import AgreementConfig
 from omnigrpo.data.prompt_stream import PromptStream
+from omnigrpo.group_sampler import GroupSampler
 from omnigrpo.model.config import tiny
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.prefix_source import SourceBatch
+from omnigrpo.rollout.config import RolloutConfig
+from omnigrpo.rollout.interface import (
+    FinishedGroup,
+    GroupRequest,
+    RolloutCounters,
+    RolloutEngine,
+    SamplingParams,
+)
 from omnigrpo.rollout.native_engine import NativeEngine
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer, OptimizerConfig
@@ -31,7 +42,7 @@ from omnigrpo.schema import (
     Prompt,
     VersionSpan,
 )
-from omnigrpo.trainer import RolloutConfig, Trainer, TrainerConfig
+from omnigrpo.trainer import Trainer, TrainerConfig
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 
 VOCABULARY = 300
@@ -163,6 +174,48 @@ class RecordingOptimizer:
         return self._inner.step()
 
 
+class OwnWeightsEngine:
+    """A native engine over a copy of the policy: it samples at once, by what was last published."""
+
+    overlaps_training = True
+
+    def __init__(self, policy: HumanOmni) -> None:
+        self._copy = copy.deepcopy(policy)
+        self._native = NativeEngine(self._copy)
+        self.requests: list[list[GroupRequest]] = []
+        self.memory = ["held"]
+
+    @property
+    def counters(self) -> RolloutCounters:
+        return self._native.counters
+
+    def generate(
+        self, requests: Sequence[GroupRequest], sampling: SamplingParams
+    ) -> Generator[FinishedGroup, None, None]:
+        assert self.memory[-1] == "held"
+        self.requests.append(list(requests))
+        groups = list(self._native.generate(requests, sampling))
+        return (group for group in groups)
+
+    def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        assert self.memory[-1] == "held"
+        self._copy.load_state_dict(dict(weights), strict=False)
+        self._native.publish([], version)
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def release_memory(self) -> None:
+        self.memory.append("released")
+
+    def restore_memory(self) -> None:
+        self.memory.append("held")
+
+    def close(self) -> None:
+        self._native.close()
+
+
 def low_token_share(token_ids: Sequence[int]) -> float:
     """A reward that differs between most completions."""
     return sum(token < VOCABULARY // 2 for token in token_ids) / len(token_ids)
@@ -177,36 +230,48 @@ def trainer(
     world: World | None = None,
     seed: int = 0,
     learning_rate: float = 1e-3,
+    engine: RolloutEngine | None = None,
     rollout: RolloutConfig | None = None,
     advantage: AdvantageConfig | None = None,
     objective: ObjectiveConfig | None = None,
+    agreement: AgreementConfig | None = None,
     budget_rows: int = 16384,
     iterations: int = 1,
 ) -> Trainer:
     """A trainer whose every step sees all of ``prefixes``."""
     prompts = tuple(prefix.prompt for prefix in prefixes) or (inputs("unused").prompt,)
     without_kl = ObjectiveConfig(kl_coefficient=0.0)
-    fed: dict[str, Any] = {
+    sampler_parts: dict[str, Any] = {
         "source": Source(prefixes),
         "prompt_encoder": Words(),
         "rewards": Scores(reward),
-        "optimizer": RecordingOptimizer(
-            policy, OptimizerConfig(learning_rate=learning_rate, schedule="constant")
-        ),
+        "engine": engine or NativeEngine(policy),
     }
+    spans, world = SpanRecorder(), world or World()
+    sampler = GroupSampler(
+        policy=policy,
+        prompts=PromptStream(prompts=prompts, batch_size=len(prompts), seed=0),
+        spans=spans,
+        world=world,
+        seed=seed,
+        budget_rows=budget_rows,
+        config=rollout or RolloutConfig(samples=3, max_new_tokens=8),
+        **sampler_parts,
+    )
+    optimizer: Any = RecordingOptimizer(
+        policy, OptimizerConfig(learning_rate=learning_rate, schedule="constant")
+    )
     return Trainer(
         policy=policy,
         reference=reference,
-        prompts=PromptStream(prompts=prompts, batch_size=len(prompts), seed=0),
-        rollout=NativeEngine(policy),
-        spans=SpanRecorder(),
-        world=world or World(),
-        seed=seed,
-        rollout_config=rollout or RolloutConfig(samples=3, max_new_tokens=8),
+        sampler=sampler,
+        optimizer=optimizer,
+        spans=spans,
+        world=world,
         advantage_config=advantage or AdvantageConfig(),
         objective_config=objective or without_kl,
+        agreement_config=agreement or AgreementConfig(),
         config=TrainerConfig(prompts_per_step=len(prompts), budget_rows=budget_rows, iterations=iterations),
-        **fed,
     )
 
 

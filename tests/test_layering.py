@@ -27,18 +27,20 @@ ALLOWED: dict[str, set[str]] = {
     "feature_source": {"media", "model", "runtime", "schema"},
     "prefix_source": {"feature_source", "media", "metrics", "model", "runtime", "schema"},
     "step_records": {"metrics", "schema"},
-    "trainer": {
-        "algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "reward", "rollout", "runtime",
-        "schema",
+    "carried_groups": {"schema"},
+    "group_sampler": {
+        "carried_groups", "data", "metrics", "model", "prefix_source", "reward", "rollout", "runtime", "schema",
     },
+    "trainer": {"algorithm", "group_sampler", "metrics", "model", "omnigrpo_kernels", "runtime", "schema"},
     "sft": {"algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "runtime", "schema"},
     "loop": {"metrics", "runtime", "schema", "step_records"},
     "config": {
-        "algorithm", "data", "feature_source", "loop", "model", "omnigrpo_kernels", "reward", "runtime", "trainer",
+        "algorithm", "data", "feature_source", "loop", "model", "omnigrpo_kernels", "reward", "rollout", "runtime",
+        "trainer",
     },
     "run": {
-        "config", "data", "evaluate", "loop", "metrics", "model", "prefix_source", "progress", "reward", "rollout",
-        "runtime", "schema", "sft", "trainer",
+        "algorithm", "config", "data", "evaluate", "group_sampler", "loop", "metrics", "model", "prefix_source",
+        "progress", "reward", "rollout", "runtime", "schema", "sft", "trainer",
     },
     "encode_dataset": {
         "config", "data", "feature_source", "media", "model", "progress", "run", "schema",

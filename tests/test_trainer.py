@@ -14,8 +14,8 @@ from omnigrpo.algorithm.policy import completion_logprobs
 from omnigrpo.algorithm.token_metrics import TokenMetrics
 from omnigrpo.metrics import Metric
 from omnigrpo.model.humanomni import reference_copy
+from omnigrpo.rollout.config import RolloutConfig
 from omnigrpo.runtime.distributed import World
-from omnigrpo.trainer import RolloutConfig
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 
 
@@ -112,7 +112,7 @@ def test_equal_rewards_move_nothing(builders, policy, prefixes):
 def test_dropped_prompts_leave_the_denominator(builders, fresh, prefixes):
     """Two of four prompts dropped: the gradient is that of a step over the other two, not half of it."""
     partly = builders.trainer(copy.deepcopy(fresh), prefixes)
-    partly.source.unusable = {"a", "c"}
+    partly.sampler.source.unusable = {"a", "c"}
     report = partly.step()
     assert report.metrics[Metric.DROPPED] == 2
     assert report.metrics[Metric.SAMPLES] == 6
@@ -126,7 +126,7 @@ def test_a_step_without_usable_prompts_leaves_the_weights(builders, policy, pref
     trainer = builders.trainer(policy, prefixes)
     trainer.step()  # So that AdamW has momentum that could move the weights.
     before = builders.weights(policy)
-    trainer.source.unusable = set("abcd")
+    trainer.sampler.source.unusable = set("abcd")
     report = trainer.step()
     assert not builders.moved(before, policy)
     assert (report.step, report.metrics[Metric.SAMPLES], report.metrics[Metric.DROPPED]) == (2, 0.0, 4.0)
@@ -211,7 +211,9 @@ def test_two_ranks_take_the_update_of_one(builders, fresh, prefixes, form, first
 
 
 def test_ranks_share_out_the_prompts_of_a_step(builders, policy, prefixes):
-    shares = [builders.trainer(policy, prefixes, world=World(rank=r, size=2)).batch(3) for r in range(2)]
+    shares = [
+        builders.trainer(policy, prefixes, world=World(rank=r, size=2)).sampler.batch(3) for r in range(2)
+    ]
     assert [len(share) for share in shares] == [2, 2]
     assert {prompt.prompt_id for share in shares for prompt in share} == set("abcd")
 
@@ -220,15 +222,13 @@ def test_rollout_and_update_share_the_temperature(builders, prefixes):
     """Log-probs that the native engine reports are the trainer's old ones, in the dtype of training."""
     policy = builders.model(1, dtype=torch.float32)
     trainer = builders.trainer(policy, rollout=RolloutConfig(samples=3, max_new_tokens=8, temperature=0.6))
-    groups = trainer.sample(prefixes)
-    (pack,) = trainer.build_packs(groups, trainer.score(groups))
-    metrics = TokenMetrics()
-    old_C = trainer.accumulate(pack, metrics).batch.old_C
-    reported_C = pack.pack.rollout_logprob_C
+    groups = trainer.sampler.sample(prefixes, step=0)
+    (pack,) = trainer.build_packs(groups, [builders.rewards(1, 0, 0) for _ in groups])
+    pack = trainer.accumulate(pack, TokenMetrics())
+    old_C, reported_C = pack.batch.old_C, pack.pack.rollout_logprob_C
     assert (old_C - reported_C).abs().max() < 1e-5
     assert (completion_logprobs(policy, pack.pack).logprob_T - reported_C).abs().max() > 1e-2
-    logged = metrics.summary()[Metric.LOGPROB_DIFFERENCE_MAX]
-    assert logged == pytest.approx((old_C - reported_C).abs().max().item())
+    assert trainer.compare_rollout([pack]).max == pytest.approx((old_C - reported_C).abs().max().item())
 
 
 def test_the_logged_difference_is_of_the_weights_that_generated(builders, prefixes):
@@ -240,24 +240,24 @@ def test_the_logged_difference_is_of_the_weights_that_generated(builders, prefix
 
 def test_completions_do_not_depend_on_the_batch(builders, policy, prefixes):
     trainer = builders.trainer(policy)
-    together = texts(trainer.sample(prefixes))
-    assert together[2:3] == texts(trainer.sample(prefixes[2:3]))
-    assert together[::-1] == texts(trainer.sample(prefixes[::-1]))
+    together = texts(trainer.sampler.sample(prefixes, step=0))
+    assert together[2:3] == texts(trainer.sampler.sample(prefixes[2:3], step=0))
+    assert together[::-1] == texts(trainer.sampler.sample(prefixes[::-1], step=0))
 
 
 def test_samples_differ(builders, policy, prefixes):
     trainer = builders.trainer(policy)
-    first, again = texts(trainer.sample([prefixes[0], prefixes[0]]))
+    first, again = texts(trainer.sampler.sample([prefixes[0], prefixes[0]], step=0))
     assert len({*first, *again}) == 6, "twice the same prompt in one step must be six different samples"
 
 
 def test_steps_and_run_seeds_differ(builders, policy, prefixes):
-    now = texts(builders.trainer(policy).sample(prefixes))
-    later = builders.trainer(policy)
-    later.steps_done = 1
-    assert texts(builders.trainer(policy).sample(prefixes)) == now
-    assert texts(later.sample(prefixes)) != now
-    assert texts(builders.trainer(policy, seed=1).sample(prefixes)) != now
+    sampler = builders.trainer(policy).sampler
+    now = texts(sampler.sample(prefixes, step=0))
+    assert texts(sampler.sample(prefixes, step=0)) == now
+    sampler.engine.publish([], version=1)
+    assert texts(sampler.sample(prefixes, step=1)) != now
+    assert texts(builders.trainer(policy, seed=1).sampler.sample(prefixes, step=0)) != now
 
 
 def test_completions_carry_the_version_that_made_them(builders, policy, prefixes):
@@ -275,5 +275,5 @@ def test_a_prompt_over_the_budget_is_refused_before_the_rollout(builders, policy
         ValueError, match=rf"prompt 'd' may need {rows - 8} \+ 8 rows.*budget_rows is {rows - 1}"
     ):
         trainer.step()
-    assert trainer.rollout.counters.prefixes_prefilled == 0
+    assert trainer.sampler.engine.counters.prefixes_prefilled == 0
     assert not builders.gradients(trainer)

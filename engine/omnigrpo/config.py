@@ -16,13 +16,15 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from omnigrpo.algorithm.advantage import AdvantageConfig
+from omnigrpo.algorithm.agreement import AgreementConfig
 from omnigrpo.data.dataset import PromptStyle
 from omnigrpo.feature_source import MediaConfig
 from omnigrpo.loop import LoopConfig
 from omnigrpo.model.prompting import PromptTemplate
 from omnigrpo.reward.composition import RewardConfig
+from omnigrpo.rollout.config import RolloutConfig
 from omnigrpo.runtime.optimizer import OptimizerConfig
-from omnigrpo.trainer import RolloutConfig, TrainerConfig
+from omnigrpo.trainer import TrainerConfig
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 
 
@@ -73,6 +75,7 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    agreement: AgreementConfig = field(default_factory=AgreementConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from omnigrpo.algorithm.agreement import DisagreementError
 from omnigrpo.config import ConfigError, RunConfig, changed_settings, load_config, save_config
 from omnigrpo.data.dataset import check_responses, read_dataset
 from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
 from omnigrpo.evaluate.evaluator import evaluate
+from omnigrpo.group_sampler import GroupSampler, embed
 from omnigrpo.loop import Steps, run_steps
 from omnigrpo.metrics import METRICS_FILE, MetricsLog
 from omnigrpo.model.checkpoint_format import LoadedModel, load_model, save_model, towers_hash
@@ -32,12 +34,14 @@ from omnigrpo.runtime.spans import SpanRecorder
 from omnigrpo.runtime.state_tree import capture_rng, restore_rng
 from omnigrpo.schema import DroppedPrompt, Prefix, Prompt
 from omnigrpo.sft import SupervisedTrainer
-from omnigrpo.trainer import Trainer, embed, trained_weights
+from omnigrpo.trainer import Trainer, trained_weights
 
 CONFIG_FILE = "config.toml"
 CHECKPOINTS_DIRECTORY = "checkpoints"
 MODEL_DIRECTORY = "model"
 """The trained model of a finished run, in the reference layout."""
+DISAGREEMENT_FILE = "disagreement.json"
+"""What ended a run whose rollout and trainer disagreed."""
 EVALUATION_BATCH = 64
 """Prompts decoded at once in an evaluation."""
 
@@ -87,24 +91,32 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
             reference = reference_copy(policy if fresh else _load(config, start).model)
         optimizer = _optimizer(config, parts, total_steps=config.run.steps * config.trainer.iterations)
         rollout = NativeEngine(policy, config.rollout.native, spans=parts.spans)
-        trainer = Trainer(
+        sampler = GroupSampler(
             policy=policy,
-            reference=reference,
             prompts=_stream(config, prompts),
             prompt_encoder=parts.prompt_encoder,
             source=parts.source,
-            rollout=rollout,
+            engine=rollout,
             rewards=rewards,
-            optimizer=optimizer,
             spans=parts.spans,
             world=parts.world,
             seed=config.run.seed,
-            rollout_config=config.rollout,
+            budget_rows=config.trainer.budget_rows,
+            config=config.rollout,
+        )
+        trainer = Trainer(
+            policy=policy,
+            reference=reference,
+            sampler=sampler,
+            optimizer=optimizer,
+            spans=parts.spans,
+            world=parts.world,
             advantage_config=config.advantage,
             objective_config=config.objective,
+            agreement_config=config.agreement,
             config=config.trainer,
         )
-        with closing(rollout):
+        with closing(rollout), closing(sampler):
             _drive(config, parts, trainer, optimizer, checkpoint, title="GRPO")
 
 
@@ -255,20 +267,27 @@ def _drive(
     def save(step: int) -> None:
         if optimizer.steps_done != step * updates_per_step:
             return  # Interrupted between the update and the end of its step: the last checkpoint is the good one.
-        writer.save(
-            step, save_weights, {"step": step, "optimizer": optimizer.state_dict(), "rng": capture_rng()}
-        )
+        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": capture_rng()}
+        if isinstance(trainer, Trainer):
+            state["sampler"] = trainer.sampler.state_dict()
+        writer.save(step, save_weights, state)
 
     with MetricsLog(output, tensorboard=config.run.tensorboard) as log:
         if checkpoint is not None:
             state = load_state(checkpoint)
             trainer.steps_done = state["step"]
             if isinstance(trainer, Trainer):
-                trainer.rollout.publish(trained_weights(parts.loaded.model), trainer.steps_done)
+                trainer.sampler.load_state_dict(state["sampler"])
+                trainer.sampler.engine.publish(trained_weights(parts.loaded.model), trainer.steps_done)
             optimizer.load_state_dict(state["optimizer"])
             restore_rng(state["rng"])
         log.truncate_after(trainer.steps_done)
-        run_steps(trainer, config=config.run, log=log, spans=parts.spans, save=save, title=title)
+        try:
+            run_steps(trainer, config=config.run, log=log, spans=parts.spans, save=save, title=title)
+        except DisagreementError as error:
+            path = output / DISAGREEMENT_FILE
+            path.write_text(json.dumps(error.report, indent=1) + "\n", encoding="utf-8")
+            raise ConfigError(f"{error}. The worst tokens are in {path}") from error
     _replace_directory(output / MODEL_DIRECTORY, save_weights)
 
 

@@ -1,79 +1,34 @@
 """GRPO training: `Trainer.step` is the algorithm."""
 
-import hashlib
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from omnigrpo.algorithm.advantage import AdvantageConfig, group_advantages
+from omnigrpo.algorithm.agreement import (
+    MOST_WORST,
+    Agreement,
+    AgreementConfig,
+    DisagreementError,
+    agreement,
+    worst_tokens,
+)
 from omnigrpo.algorithm.packing import pack, split_by_budget
 from omnigrpo.algorithm.split_group import completion_passes, frozen_logprobs
 from omnigrpo.algorithm.token_metrics import TokenMetrics
-from omnigrpo.data.prompt_stream import PromptStream
-from omnigrpo.metrics import REWARD_COMPONENT_PREFIX, Metric
+from omnigrpo.group_sampler import GroupSampler, SampledStep
+from omnigrpo.metrics import LOGPROB_DIFFERENCE_PREFIX, REWARD_COMPONENT_PREFIX, Metric
 from omnigrpo.model.humanomni import HumanOmni
-from omnigrpo.model.prompting import PromptEncoder
-from omnigrpo.prefix_source import PrefixSource, SourceBatch
-from omnigrpo.reward.composition import RewardSet
-from omnigrpo.rollout.interface import GroupRequest, RolloutEngine, SamplingParams, collect
-from omnigrpo.rollout.native_engine import NativeEngineConfig
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
 from omnigrpo.runtime.spans import Phase, SpanRecorder
-from omnigrpo.schema import (
-    Group,
-    GroupRewards,
-    PackedGroups,
-    Prefix,
-    PrefixInputs,
-    Prompt,
-    StepReport,
-)
+from omnigrpo.schema import Group, GroupRewards, PackedGroups, StepReport
 from omnigrpo_kernels.grpo_head import grpo_head
 from omnigrpo_kernels.grpo_objective import BatchCounts, ObjectiveConfig, TokenBatch, token_weights
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutConfig:
-    """How completions are sampled."""
-
-    engine: Literal["native"] = "native"
-    samples: int = 8
-    """G, completions per prompt."""
-    temperature: float = 1.0
-    top_k: int = 0
-    """0 is off; log-probs ignore the truncation, so off keeps the rollout on-policy."""
-    top_p: float = 1.0
-    """1 is off."""
-    max_new_tokens: int = 512
-    native: NativeEngineConfig = field(default_factory=NativeEngineConfig)
-    """Memory budgets of the native engine."""
-
-    def __post_init__(self) -> None:
-        """Reject a group that has no baseline, and a temperature that has no log-probs."""
-        if self.samples < 2:
-            raise ValueError(
-                f"rollout.samples must be at least 2 to compare within a group, got {self.samples}"
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"rollout.temperature must be above 0 to explore, got {self.temperature}")
-        self.sampling(stop_token_ids=())
-
-    def sampling(self, *, stop_token_ids: tuple[int, ...]) -> SamplingParams:
-        """What the engine is asked for; raises ValueError where it cannot be honoured."""
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens,
-            stop_token_ids=stop_token_ids,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,84 +66,52 @@ class Trainer:
         *,
         policy: HumanOmni,
         reference: HumanOmni | None,
-        prompts: PromptStream,
-        prompt_encoder: PromptEncoder,
-        source: PrefixSource,
-        rollout: RolloutEngine,
-        rewards: RewardSet,
+        sampler: GroupSampler,
         optimizer: Optimizer,
         spans: SpanRecorder,
         world: World,
-        seed: int,
-        rollout_config: RolloutConfig,
         advantage_config: AdvantageConfig,
         objective_config: ObjectiveConfig,
+        agreement_config: AgreementConfig,
         config: TrainerConfig,
     ) -> None:
         if objective_config.kl_coefficient and reference is None:
             raise ValueError(
                 f"objective.kl_coefficient is {objective_config.kl_coefficient}, but no reference model was given"
             )
+        if sampler.config.max_staleness and objective_config.max_importance_weight is None:
+            raise ValueError(
+                f"rollout.max_staleness is {sampler.config.max_staleness}: tokens of earlier weights must be weighted, "
+                "but objective.max_importance_weight is left out; set it, to 2.0 for example"
+            )
         self.policy = policy
         self.reference = reference
-        self.prompts = prompts
-        self.prompt_encoder = prompt_encoder
-        self.source = source
-        self.rollout = rollout
-        self.rewards = rewards
+        self.sampler = sampler
         self.optimizer = optimizer
         self.spans = spans
         self.world = world
-        self.seed = seed
-        self.rollout_config = rollout_config
         self.advantage_config = advantage_config
         self.objective_config = objective_config
+        self.agreement_config = agreement_config
         self.config = config
         self.steps_done = 0
 
     def step(self) -> StepReport:
         """One GRPO step: decode and encode once, prefill once, sample G, reward, update, publish."""
-        batch = self.source.read(self.batch, self.steps_done)
-
-        groups = self.sample(batch.inputs)
-        rewards = self.score(groups)
-        packs = self.build_packs(groups, rewards)
+        sampled = self.sampler.take(self.steps_done)
+        packs = self.build_packs(sampled.groups, sampled.rewards)
 
         metrics = TokenMetrics()
-        grad_norms = []
-        for _ in range(self.config.iterations):
+        packs = [self.accumulate(training_pack, metrics) for training_pack in packs]
+        figures = self.compare_rollout(packs)
+        grad_norms = [self.update()]
+        for _ in range(1, self.config.iterations):
             packs = [self.accumulate(training_pack, metrics) for training_pack in packs]
             grad_norms.append(self.update())
-        with self.spans.span(Phase.PUBLISH):
-            self.rollout.publish(trained_weights(self.policy), self.steps_done + 1)
-        report = self.report(groups, rewards, batch, metrics, grad_norms)
+        self.sampler.publish(trained_weights(self.policy), self.steps_done + 1)
+        report = self.report(sampled, metrics, figures, grad_norms)
         self.steps_done += 1
         return report
-
-    def sample(self, inputs: Sequence[PrefixInputs]) -> list[Group]:
-        """Embed each prefix once and generate G completions from it."""
-        self._check_budget(inputs)
-        with self.spans.span(Phase.PREFILL), torch.no_grad():
-            prefixes = embed(self.policy, inputs)
-        requests = [
-            GroupRequest(prefix=prefix, seeds=seeds)
-            for prefix, seeds in zip(prefixes, self._seeds(inputs), strict=True)
-        ]
-        sampling = self.rollout_config.sampling(stop_token_ids=self.prompt_encoder.stop_token_ids)
-        completions = collect(self.rollout.generate(requests, sampling), len(requests))
-        return [
-            Group(
-                inputs=prefix,
-                completions=group,
-                texts=tuple(self.prompt_encoder.decode(c.token_ids) for c in group),
-            )
-            for prefix, group in zip(inputs, completions, strict=True)
-        ]
-
-    def score(self, groups: Sequence[Group]) -> list[GroupRewards]:
-        """Reward every group as a whole."""
-        with self.spans.span(Phase.REWARD):
-            return [self.rewards.score(group) for group in groups]
 
     def build_packs(self, groups: Sequence[Group], rewards: Sequence[GroupRewards]) -> list[TrainingPack]:
         """Pack the groups under the row budget, with advantages, loss weights and reference log-probs."""
@@ -218,7 +141,7 @@ class Trainer:
                     batch.select(rows.tokens),
                     self.objective_config,
                     rows_C=rows.rows_C,
-                    temperature=self.rollout_config.temperature,
+                    temperature=self.sampler.config.temperature,
                 )
             with self.spans.span(Phase.BACKWARD):
                 head.loss.backward()
@@ -227,7 +150,6 @@ class Trainer:
         if batch.old_C is not None:
             return training_pack
         logprob_C = torch.cat(logprobs)
-        metrics.add_rollout_difference(logprob_C, pack.rollout_logprob_C.to(logprob_C))
         return replace(training_pack, batch=replace(batch, old_C=logprob_C))
 
     def update(self) -> float:
@@ -236,31 +158,56 @@ class Trainer:
             self.world.sum_gradients(self.optimizer.parameters)
             return self.optimizer.step()
 
-    def batch(self, step: int) -> tuple[Prompt, ...]:
-        """This rank's prompts of a step; a group stays whole on one rank."""
-        return self.prompts.batch(step)[self.world.rank :: self.world.size]
+    def compare_rollout(self, packs: Sequence[TrainingPack]) -> Agreement:
+        """Compare the log-probs of trainer and rollout, before the weights change.
+
+        Raises DisagreementError beyond the limits of ``agreement_config``, on every rank when it is so on one.
+        """
+        both = [(p.batch.old_C, p.batch.rollout_C) for p in packs]
+        old_C = torch.cat([old_C for old_C, _ in both if old_C is not None] or [torch.empty(0)])
+        rollout_C = torch.cat(
+            [rollout_C for _, rollout_C in both if rollout_C is not None] or [torch.empty(0)]
+        )
+        figures = agreement(old_C, rollout_C, self.agreement_config.bound)
+        violations = figures.violations(self.agreement_config)
+        if self.agreement_config.has_limits and float(self.world.sum(torch.tensor(float(len(violations))))):
+            worst = [
+                token
+                for p in packs
+                if p.batch.old_C is not None
+                for token in worst_tokens(p.pack, p.batch.old_C, count=MOST_WORST)
+            ]
+            raise DisagreementError(self.steps_done + 1, figures, violations, worst)
+        return figures
 
     def report(
         self,
-        groups: Sequence[Group],
-        rewards: Sequence[GroupRewards],
-        batch: SourceBatch,
+        sampled: SampledStep,
         metrics: TokenMetrics,
+        figures: Agreement,
         grad_norms: Sequence[float],
     ) -> StepReport:
         """Collect the step's scalars; phase seconds are added by whoever drains the spans."""
-        completions = [c for group in groups for c in group.completions]
-        scalars = metrics.summary() | reward_metrics(rewards) | batch.metrics
+        completions = [c for group in sampled.groups for c in group.completions]
+        scalars = (
+            metrics.summary() | reward_metrics(sampled.rewards) | sampled.batch.metrics | sampled.metrics
+        )
+        if completions:
+            scalars |= {f"{LOGPROB_DIFFERENCE_PREFIX}{name}": x for name, x in asdict(figures).items()}
         scalars |= {
             Metric.LENGTH: _mean([float(len(c.token_ids)) for c in completions]),
             Metric.TRUNCATED: _mean([float(c.finish_reason == "length") for c in completions]),
             Metric.LEARNING_RATE: self.optimizer.learning_rate,
             Metric.GRAD_NORM: _mean(grad_norms),
             Metric.SAMPLES: float(len(completions)),
-            Metric.DROPPED: float(len(batch.dropped)),
+            Metric.DROPPED: float(len(sampled.batch.dropped)),
         }
         return StepReport(
-            step=self.steps_done + 1, metrics=scalars, groups=groups, rewards=rewards, dropped=batch.dropped
+            step=self.steps_done + 1,
+            metrics=scalars,
+            groups=sampled.groups,
+            rewards=sampled.rewards,
+            dropped=sampled.batch.dropped,
         )
 
     def _training_pack(self, pack: PackedGroups, advantage_S: Tensor, counts: BatchCounts) -> TrainingPack:
@@ -272,7 +219,7 @@ class Trainer:
                     self.reference,
                     pack,
                     self.config.budget_rows,
-                    temperature=self.rollout_config.temperature,
+                    temperature=self.sampler.config.temperature,
                 )
         device = self.policy.head_weight_VD.device
         batch = TokenBatch(
@@ -292,44 +239,14 @@ class Trainer:
         return BatchCounts(
             num_sequences=num_sequences,
             num_tokens=num_tokens,
-            max_tokens=self.rollout_config.max_new_tokens,
+            max_tokens=self.sampler.config.max_new_tokens,
             num_packs=num_packs,
         )
-
-    def _check_budget(self, inputs: Sequence[PrefixInputs]) -> None:
-        """Refuse, before any token is sampled, a prompt whose prefix and longest completion could not pass at once."""
-        budget, longest = self.config.budget_rows, self.rollout_config.max_new_tokens
-        for item in inputs:
-            prefix = len(item.token_ids_P)
-            if prefix + longest > budget:
-                raise ValueError(
-                    f"prompt {item.prompt.prompt_id!r} may need {prefix} + {longest} rows for its prefix and one "
-                    f"completion, but trainer.budget_rows is {budget}: raise it, or lower rollout.max_new_tokens"
-                )
-
-    def _seeds(self, inputs: Sequence[PrefixInputs]) -> list[tuple[int, ...]]:
-        """Sampling seeds that depend on run seed, step, rank, prompt and sample, not on the rest of the batch."""
-        seen: Counter[str] = Counter()
-        seeds = []
-        for prefix in inputs:
-            prompt_id = prefix.prompt.prompt_id
-            key = f"{self.seed}/{self.steps_done}/{self.world.rank}/{prompt_id}/{seen[prompt_id]}"
-            seen[prompt_id] += 1
-            seeds.append(tuple(_seed(f"{key}/{sample}") for sample in range(self.rollout_config.samples)))
-        return seeds
 
 
 def trained_weights(model: HumanOmni) -> Iterator[tuple[str, Tensor]]:
     """The weights that training changes, by their names in the checkpoint."""
     return ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def embed(model: HumanOmni, inputs: Sequence[PrefixInputs]) -> list[Prefix]:
-    """Build the prefix embeddings of several prompts in one batch."""
-    if not inputs:
-        return []
-    packed = model.embed_prefixes(inputs).split([len(i.token_ids_P) for i in inputs])
-    return [Prefix(inputs=i, embeddings_PD=rows) for i, rows in zip(inputs, packed, strict=True)]
 
 
 def reward_metrics(rewards: Sequence[GroupRewards]) -> dict[str, float]:
@@ -352,7 +269,3 @@ def reward_metrics(rewards: Sequence[GroupRewards]) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.nan
-
-
-def _seed(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1

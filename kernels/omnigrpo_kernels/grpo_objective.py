@@ -402,7 +402,7 @@ def _ratio(
 
 
 def _sequence_sums(value_C: Tensor, active_C: Tensor, sequence_C: Tensor) -> tuple[Tensor, Tensor]:
-    """At each token, the sum over its sequence's tokens of the values, which are 0 where masked, and of its active ones.
+    """At each token, its sequence's sum of the values, which are 0 where masked, and its number of active tokens.
 
     Sums are float64, and index_put rather than index_add: on CUDA it sorts, so a second run gives the same bits.
     """

@@ -10,7 +10,7 @@ import torch
 from omnigrpo.algorithm.token_metrics import TokenMetrics
 from omnigrpo.metrics import Metric
 from omnigrpo.model.humanomni import reference_copy
-from omnigrpo.trainer import RolloutConfig
+from omnigrpo.rollout.config import RolloutConfig
 from omnigrpo_kernels.grpo_objective import LossForm, ObjectiveConfig
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
 

@@ -36,12 +36,6 @@ class TokenMetrics:
         loss = loss_share * head.loss.detach()
         self._loss = loss if self._loss is None else self._loss + loss
 
-    def add_rollout_difference(self, logprob_C: Tensor, rollout_C: Tensor) -> None:
-        """Compare the log-probs of the weights that generated, as trainer and rollout engine see them."""
-        difference_C = (logprob_C - rollout_C).abs()
-        self._add_mean("logprob_difference/mean", difference_C)
-        self._add_extreme("logprob_difference/max", difference_C.max(), torch.maximum)
-
     def summary(self) -> dict[str, float]:
         """Return the means and extremes by name; empty when nothing was added."""
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}

@@ -127,8 +127,8 @@ class GroupStream(Protocol):
         ...
 
 
-class RolloutError(RuntimeError):
-    """The engine could not generate or take weights; the message says what, and what to do."""
+class RolloutError(OSError):
+    """The engine, often other processes, could not generate or take weights; the message says what, and what to do."""
 
 
 class Sampler(Protocol):

@@ -1,0 +1,69 @@
+"""How completions are sampled."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omnigrpo.rollout.interface import SamplingParams
+from omnigrpo.rollout.native_engine import NativeEngineConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """Which engine samples, what, and how far ahead of the update."""
+
+    engine: Literal["native"] = "native"
+    samples: int = 8
+    """G, completions per prompt."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 is off; log-probs ignore the truncation, so off keeps the rollout on-policy."""
+    top_p: float = 1.0
+    """1 is off."""
+    max_new_tokens: int = 512
+    token_budget: int | None = None
+    """Tokens that a step adds to a completion at most. A group with an unfinished one is not trained on: it keeps its
+    tokens and log-probs and goes on in the next step, so that a few long tails do not hold up all the others."""
+    overlap_update: bool = False
+    """Sample the next step's completions, by the weights of now, while this step's update runs (one step off-policy).
+    Needs an engine with weights of its own."""
+    max_staleness: int = 0
+    """By how many updates a token's weights may be behind the ones that learn from it; what would be older is sampled
+    anew."""
+    release_memory: bool = False
+    """Give the engine's device memory to the update and take it back before the next weights."""
+    native: NativeEngineConfig = field(default_factory=NativeEngineConfig)
+    """Memory budgets of the native engine."""
+
+    def __post_init__(self) -> None:
+        """Reject a group without baseline, a temperature without log-probs, and modes that exclude each other."""
+        if self.samples < 2:
+            raise ValueError(
+                f"rollout.samples must be at least 2 to compare within a group, got {self.samples}"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"rollout.temperature must be above 0 to explore, got {self.temperature}")
+        if self.max_staleness < 0:
+            raise ValueError(f"rollout.max_staleness must be at least 0, got {self.max_staleness}")
+        for name in ("token_budget", "overlap_update"):
+            if getattr(self, name) and self.max_staleness < 1:
+                raise ValueError(
+                    f"rollout.{name} trains on tokens of earlier weights, but rollout.max_staleness is 0: "
+                    "set it to 1 or more, or leave the other out"
+                )
+        if self.release_memory and self.overlap_update:
+            raise ValueError(
+                "rollout.release_memory takes the engine's memory during the update, and rollout.overlap_update "
+                "samples then: choose one"
+            )
+        self.sampling(stop_token_ids=())
+
+    def sampling(self, *, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+        """What the engine is asked for; raises ValueError where it cannot be honoured."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+            token_budget=self.token_budget,
+            stop_token_ids=stop_token_ids,
+        )
