@@ -94,8 +94,12 @@ def test_an_engine_that_shares_the_weights_cannot_overlap(builders, policy):
 @pytest.mark.parametrize(
     ("switches", "message"),
     [
-        ({"overlap_update": True}, "rollout.overlap_update trains on tokens of earlier weights"),
-        ({"token_budget": 4}, "rollout.token_budget trains on tokens of earlier weights"),
+        ({"overlap_update": True}, "tokens that are 1 updates old, but rollout.max_staleness is 0"),
+        ({"token_budget": 128}, "tokens that are 3 updates old, but rollout.max_staleness is 0"),
+        (
+            {"token_budget": 128, **OVERLAPPED},
+            "tokens that are 4 updates old, but rollout.max_staleness is 1",
+        ),
         ({"token_budget": 0, "max_staleness": 1}, "token_budget must be >= 1"),
         ({"max_staleness": -1}, "max_staleness must be at least 0"),
         ({**OVERLAPPED, "release_memory": True}, "choose one"),
@@ -185,3 +189,91 @@ def test_frozen_weights_are_not_published(builders, policy, prefixes):
     assert names == list(policy.trainable_parameters())
     assert not any("tower" in name for name in names)
     assert torch.isfinite(policy.head_weight_VD).all()
+
+
+def carrying(builders, policy, prefixes, learning_rate: float):
+    """Three tokens a step, of eight at most."""
+    config = RolloutConfig(samples=3, max_new_tokens=8, token_budget=3, max_staleness=3)
+    return builders.trainer(policy, prefixes, rollout=config, objective=WEIGHTED, learning_rate=learning_rate)
+
+
+def test_groups_that_take_several_steps_end_as_those_of_one(builders, policy, prefixes):
+    """Without updates, a group sampled three tokens a step has the tokens that one call would have given."""
+    trainer = carrying(builders, policy, prefixes, learning_rate=0.0)
+    whole = builders.trainer(copy.deepcopy(policy), prefixes).sampler
+    expected = {}
+    for step in range(4):
+        whole.engine.publish([], version=step)
+        for name, drawn in tokens(whole.take(step).groups).items():
+            expected[name, step] = drawn
+    reports = [trainer.step() for _ in range(4)]
+    ended = [group for report in reports for group in report.groups]
+    assert all(completion.is_finished for group in ended for completion in group.completions)
+    assert [report.metrics[Metric.CARRIED] > 0 for report in reports] == [True] * 4
+    found = set()
+    for group in ended:
+        drawn = [completion.token_ids for completion in group.completions]
+        (key,) = [key for key, wanted in expected.items() if wanted == drawn]
+        found.add(key)
+    assert len(found) == len(ended)
+    assert {key for key in expected if key[1] <= 1} <= found, "what began two steps ago must have ended"
+
+
+def test_tokens_know_the_weights_that_drew_them(builders, policy, prefixes):
+    trainer = carrying(builders, policy, prefixes, learning_rate=1e-2)
+    reports = [trainer.step() for _ in range(4)]
+    completions = [c for report in reports for g in report.groups for c in g.completions]
+    longest = [c for c in completions if len(c.token_ids) == 8]
+    assert longest
+    for completion in longest:
+        first = completion.oldest_version
+        assert [(s.version - first, s.num_tokens) for s in completion.version_spans] == [
+            (0, 3),
+            (1, 3),
+            (2, 2),
+        ]
+    assert reports[2].metrics[Metric.STALENESS] > 0.5
+    assert reports[2].metrics["logprob_difference/max"] > 1e-3
+
+
+def test_a_step_in_which_no_group_ends_learns_nothing(builders, policy, prefixes):
+    trainer = carrying(builders, policy, prefixes, learning_rate=1e-2)
+    trainer.sampler._prompt_encoder.stop_token_ids = ()
+    before = builders.weights(policy)
+    report = trainer.step()
+    assert (report.metrics[Metric.SAMPLES], report.metrics[Metric.CARRIED]) == (0, 4)
+    assert not builders.moved(before, policy)
+
+
+def test_half_sampled_groups_resume(builders, policy, prefixes):
+    """Through JSON, into a trainer with the saved weights: the same tokens are learnt from, and the same update."""
+    straight = carrying(builders, policy, prefixes, learning_rate=1e-2)
+    for _ in range(2):
+        straight.step()
+    saved = json.loads(json.dumps(straight.sampler.state_dict()))
+    assert saved["carried"]
+    resumed_policy = copy.deepcopy(policy)
+    optimizer_state = copy.deepcopy(straight.optimizer._inner.state_dict())
+    expected = [straight.step() for _ in range(2)]
+
+    resumed = carrying(builders, resumed_policy, prefixes, learning_rate=1e-2)
+    resumed.steps_done = 2
+    resumed.optimizer._inner.load_state_dict(optimizer_state)
+    resumed.sampler.load_state_dict(saved)
+    resumed.sampler.engine.publish([], version=2)
+    for report in expected:
+        again = resumed.step()
+        assert [g.completions for g in again.groups] == [g.completions for g in report.groups]
+        assert again.metrics[Metric.LOSS] == report.metrics[Metric.LOSS]
+    assert not builders.moved(builders.weights(policy), resumed_policy)
+
+
+def test_a_half_sampled_group_without_its_clip_says_so(builders, policy, prefixes):
+    trainer = carrying(builders, policy, prefixes, learning_rate=0.0)
+    trainer.step()
+    saved = trainer.sampler.state_dict()
+    trainer.sampler.source.unusable = {saved["carried"][0]["prompt_id"]}
+    with pytest.raises(
+        ValueError, match=r"half sampled, but its clip cannot be used any more: .*\.mp4 is missing"
+    ):
+        trainer.sampler.load_state_dict(saved)

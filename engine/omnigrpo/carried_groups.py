@@ -1,7 +1,6 @@
-"""Groups that several steps sample: what is known of each, when it is too old, and its place in a checkpoint."""
+"""Groups that several steps sample: what there is of each, and its place in a checkpoint."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from omnigrpo.schema import Completion, PrefixInputs, VersionSpan
@@ -48,19 +47,3 @@ def completion_of_tree(tree: Tree) -> Completion:
         version_spans=tuple(VersionSpan(**span) for span in tree["version_spans"]),
         cached_tokens=tree["cached_tokens"],
     )
-
-
-def restart_stale(jobs: Sequence[GroupJob], *, oldest_allowed: int) -> tuple[list[GroupJob], int]:
-    """Throw away the samples with a token of an earlier version than that; returns the jobs and how many those were.
-
-    A group waits for all of its samples, so a finished one may be too old as well.
-    """
-    kept = [
-        replace(job, begun=tuple(None if _is_older(c, oldest_allowed) else c for c in job.begun))
-        for job in jobs
-    ]
-    return kept, sum(_is_older(completion, oldest_allowed) for job in jobs for completion in job.begun)
-
-
-def _is_older(completion: Completion | None, version: int) -> bool:
-    return completion is not None and any(span.version < version for span in completion.version_spans)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from omnigrpo.carried_groups import GroupJob, Tree, completion_of_tree, restart_stale
+from omnigrpo.carried_groups import GroupJob, Tree, completion_of_tree
 from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.metrics import Metric
 from omnigrpo.model.humanomni import HumanOmni
@@ -49,7 +49,6 @@ class _Sampling:
     batch: SourceBatch
     jobs: list[GroupJob]
     stream: GroupStream
-    num_restarted: int
     groups: dict[int, Group] = field(default_factory=dict)
     """By index of their job, as they come."""
     rewards: dict[int, GroupRewards] = field(default_factory=dict)
@@ -189,13 +188,9 @@ class GroupSampler:
     def _begin(self, step: int) -> _Sampling:
         batch = self.source.read(self.batch, step)
         self._check_budget(batch.inputs)
-        carried, num_restarted = restart_stale(self._carried, oldest_allowed=step - self.config.max_staleness)
-        jobs = [*carried, *self._fresh(batch.inputs, step)]
-        return self._start(step, batch, jobs, num_restarted=num_restarted)
+        return self._start(step, batch, [*self._carried, *self._fresh(batch.inputs, step)])
 
-    def _start(
-        self, step: int, batch: SourceBatch, jobs: list[GroupJob], *, num_restarted: int = 0
-    ) -> _Sampling:
+    def _start(self, step: int, batch: SourceBatch, jobs: list[GroupJob]) -> _Sampling:
         """Have the jobs sampled, unless that was done before the run was interrupted."""
         restored, self._restored = self._restored, None
         if restored is not None and restored.step == step and len(restored.groups) == len(jobs):
@@ -209,7 +204,7 @@ class GroupSampler:
             ]
             stop_ids = self._prompt_encoder.stop_token_ids
             stream = self.engine.generate(requests, self.config.sampling(stop_token_ids=stop_ids))
-        return _Sampling(step=step, batch=batch, jobs=jobs, stream=stream, num_restarted=num_restarted)
+        return _Sampling(step=step, batch=batch, jobs=jobs, stream=stream)
 
     def _finish(self, sampling: _Sampling) -> None:
         """Wait for all groups, and score each that is complete while the others are still sampled."""
@@ -265,7 +260,6 @@ class GroupSampler:
         return {
             Metric.STALENESS: ages / tokens if tokens else 0.0,
             Metric.CARRIED: float(len(sampling.jobs) - len(done)),
-            Metric.RESTARTED: float(sampling.num_restarted),
         }
 
 

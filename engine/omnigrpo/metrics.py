@@ -60,8 +60,6 @@ class Metric(StrEnum):
     """Updates between the weights that drew a token and those that learn from it, mean over tokens."""
     CARRIED = "rollout/carried"
     """Groups that go on in the next step."""
-    RESTARTED = "rollout/restarted"
-    """Samples that were begun anew because their tokens would have been too old."""
     GRAD_NORM = "grad_norm"
     LEARNING_RATE = "learning_rate"
     SAMPLES = "samples"

@@ -70,6 +70,7 @@ def step_metrics(step: int, num_steps: int, rng: random.Random) -> dict[str, flo
         "kl/mean": 0.02 * progress + abs(rng.gauss(0, 0.001)),
         "entropy/mean": 0.7 - 0.4 * progress + rng.gauss(0, 0.01),
         "logprob_difference/mean": 1e-7 * rng.uniform(0.8, 1.2),
+        "logprob_difference/p99": 4e-7 * rng.uniform(0.8, 1.5),
         "logprob_difference/max": 9e-7 * rng.uniform(0.8, 2.0),
         "loss": rng.gauss(0, 0.01),
         "grad_norm": 0.4 + rng.gauss(0, 0.05) if step != 2 else math.nan,

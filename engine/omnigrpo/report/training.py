@@ -78,7 +78,11 @@ def _charts(run: RunData) -> list[tuple[str, tuple[tuple[str, str], ...], str]]:
         ("Entropy", ((Metric.ENTROPY, "entropy"),), "nats per token"),
         (
             "Log-prob difference, training and rollout",
-            ((Metric.LOGPROB_DIFFERENCE, "mean"), (Metric.LOGPROB_DIFFERENCE_MAX, "largest")),
+            (
+                (Metric.LOGPROB_DIFFERENCE, "mean"),
+                (Metric.LOGPROB_DIFFERENCE_P99, "99th percentile"),
+                (Metric.LOGPROB_DIFFERENCE_MAX, "largest"),
+            ),
             "nats, absolute",
         ),
         ("Throughput", ((Metric.SAMPLES_PER_SECOND, "samples/s"),), "samples per second"),

@@ -1,5 +1,6 @@
 """How completions are sampled."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,8 +28,7 @@ class RolloutConfig:
     """Sample the next step's completions, by the weights of now, while this step's update runs (one step off-policy).
     Needs an engine with weights of its own."""
     max_staleness: int = 0
-    """By how many updates a token's weights may be behind the ones that learn from it; what would be older is sampled
-    anew."""
+    """By how many updates a token's weights may be behind the ones that learn from it."""
     release_memory: bool = False
     """Give the engine's device memory to the update and take it back before the next weights."""
     native: NativeEngineConfig = field(default_factory=NativeEngineConfig)
@@ -44,18 +44,25 @@ class RolloutConfig:
             raise ValueError(f"rollout.temperature must be above 0 to explore, got {self.temperature}")
         if self.max_staleness < 0:
             raise ValueError(f"rollout.max_staleness must be at least 0, got {self.max_staleness}")
-        for name in ("token_budget", "overlap_update"):
-            if getattr(self, name) and self.max_staleness < 1:
-                raise ValueError(
-                    f"rollout.{name} trains on tokens of earlier weights, but rollout.max_staleness is 0: "
-                    "set it to 1 or more, or leave the other out"
-                )
+        if self.max_staleness < self.staleness:
+            raise ValueError(
+                f"rollout.overlap_update {self.overlap_update} and rollout.token_budget {self.token_budget} let a "
+                f"completion of rollout.max_new_tokens {self.max_new_tokens} learn from tokens that are "
+                f"{self.staleness} updates old, but rollout.max_staleness is {self.max_staleness}: raise it, or change "
+                "the others"
+            )
         if self.release_memory and self.overlap_update:
             raise ValueError(
                 "rollout.release_memory takes the engine's memory during the update, and rollout.overlap_update "
                 "samples then: choose one"
             )
         self.sampling(stop_token_ids=())
+
+    @property
+    def staleness(self) -> int:
+        """By how many updates the first token of the longest completion is behind the weights that learn from it."""
+        budget = self.token_budget or self.max_new_tokens
+        return math.ceil(self.max_new_tokens / budget) - 1 + int(self.overlap_update)
 
     def sampling(self, *, stop_token_ids: tuple[int, ...]) -> SamplingParams:
         """What the engine is asked for; raises ValueError where it cannot be honoured."""
