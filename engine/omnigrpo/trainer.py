@@ -6,7 +6,6 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +20,10 @@ from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.prompting import PromptEncoder
 from omnigrpo.prefix_source import PrefixSource, SourceBatch
 from omnigrpo.reward.composition import RewardSet
+from omnigrpo.rollout.build import EngineName
 from omnigrpo.rollout.interface import GroupRequest, RolloutEngine, SamplingParams, collect
 from omnigrpo.rollout.native_engine import NativeEngineConfig
+from omnigrpo.rollout.sglang_config import SGLangConfig
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
 from omnigrpo.runtime.spans import Phase, SpanRecorder
@@ -43,7 +44,7 @@ from omnigrpo_kernels.grpo_objective import BatchCounts, ObjectiveConfig, TokenB
 class RolloutConfig:
     """How completions are sampled."""
 
-    engine: Literal["native"] = "native"
+    engine: EngineName = "native"
     samples: int = 8
     """G, completions per prompt."""
     temperature: float = 1.0
@@ -54,6 +55,8 @@ class RolloutConfig:
     max_new_tokens: int = 512
     native: NativeEngineConfig = field(default_factory=NativeEngineConfig)
     """Memory budgets of the native engine."""
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
+    """Processes and limits of SGLang."""
 
     def __post_init__(self) -> None:
         """Reject a group that has no baseline, and a temperature that has no log-probs."""

@@ -20,6 +20,10 @@ from omnigrpo.rollout.decoder_shapes import decoder_shapes
 from omnigrpo.rollout.sglang_plugin.names import COUNTERS_NAME
 
 
+class MisfitError(ValueError):
+    """Weights that the model lacks, or of other shapes; none of their bucket was copied."""
+
+
 class HumanOmniQwen2ForCausalLM(nn.Module):
     """The decoder, under the checkpoint's names; media rows come with the request."""
 
@@ -65,12 +69,12 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights by their names in the checkpoint; those of towers, projectors and gate are left out.
 
-        Nothing is copied when one of them does not fit. Raises ValueError for a name or shape that the model lacks.
+        Nothing is copied when one of them does not fit. Raises MisfitError for a name or shape that the model lacks.
         """
         decoder = [(name, tensor) for name, tensor in weights if part_of(name) == "llm"]
         problems = [problem for name, tensor in decoder if (problem := self._problem(name, tensor))]
         if problems:
-            raise ValueError("weights do not fit HumanOmni's decoder: " + "; ".join(problems))
+            raise MisfitError("weights do not fit HumanOmni's decoder: " + "; ".join(problems))
         self.language_model.load_weights(decoder)
         if any(tensor.is_cuda for _, tensor in decoder):
             torch.cuda.synchronize()  # The sender may reuse its memory as soon as SGLang answers.
