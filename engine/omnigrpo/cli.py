@@ -34,7 +34,9 @@ ResumeOption = Annotated[
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seeds data, weights, order and sampling.")] = 0,
-    rollout: Annotated[str, typer.Option(help="Rollout engine (rollout.engine).")] = "native",
+    rollout: Annotated[
+        str, typer.Option(help="Rollout engine (rollout.engine): native or sglang.")
+    ] = "native",
 ) -> None:
     """Render clips, train a tiny model on them (cold start, then GRPO), evaluate, and write a report."""
     from omnigrpo.demo import DemoConfig, run_demo

@@ -146,6 +146,7 @@ _MAY_CHANGE = (
     "media.decoder",
     "data.evaluate",
     "model.device",
+    "rollout.sglang",
     "run.output",
     "run.steps",
     "run.save_every",

@@ -6,13 +6,14 @@ from typing import Literal
 
 from omnigrpo.rollout.interface import SamplingParams
 from omnigrpo.rollout.native_engine import NativeEngineConfig
+from omnigrpo.rollout.sglang_config import SGLangConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
     """Which engine samples, what, and how far ahead of the update."""
 
-    engine: Literal["native"] = "native"
+    engine: Literal["native", "sglang"] = "native"
     samples: int = 8
     """G, completions per prompt."""
     temperature: float = 1.0
@@ -33,6 +34,8 @@ class RolloutConfig:
     """Give the engine's device memory to the update and take it back before the next weights."""
     native: NativeEngineConfig = field(default_factory=NativeEngineConfig)
     """Memory budgets of the native engine."""
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
+    """Processes and limits of SGLang."""
 
     def __post_init__(self) -> None:
         """Reject a group without baseline, a temperature without log-probs, and modes that exclude each other."""
