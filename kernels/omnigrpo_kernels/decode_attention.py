@@ -3,10 +3,10 @@
 Legend: ``S`` rows, ``N`` query heads, ``K`` key/value heads, ``H`` head width, ``B`` groups, ``P`` blocks of the longest
 prefix, ``R`` blocks of the longest row, ``X`` blocks of the pool.
 
-    o_s = sum_t softmax_t(scale * q_s . k_t) v_t    over t in the prefix of the row's group, then in the row's own tokens
+    o_s = sum_t softmax_t(scale * q_s . k_t) v_t    over t in its group's prefix, then its own tokens
 
-Keys and values lie in blocks of BLOCK_TOKENS tokens: keys ``[X, K, H, 32]`` with tokens innermost, as scores are summed,
-values ``[X, K, 32, H]``. A prefix has its blocks once, whatever its rows; the CPU kernel passes over 256 of its tokens
+Keys and values lie in blocks of BLOCK_TOKENS tokens: keys ``[X, K, H, 32]`` with tokens innermost, as scores are
+summed, values ``[X, K, 32, H]``. A prefix has its blocks once, whatever its rows; the CPU kernel passes over 256 of its tokens
 for all rows of a group before it goes on, so that they come from memory once. The softmax is float32 (float64).
 """
 
@@ -37,7 +37,14 @@ class DecodeLayout:
 
 
 def decode_attention_reference(
-    q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, keys: Tensor, values: Tensor, layout: DecodeLayout, *, scale: float
+    q_SNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: DecodeLayout,
+    *,
+    scale: float,
 ) -> Tensor:
     """The same row by row in plain PyTorch."""
     wide = torch.promote_types(q_SNH.dtype, torch.float32)
@@ -52,8 +59,12 @@ def decode_attention_reference(
             (layout.own_blocks_SR[row], own),
         )
         blocks = [(ids[: -(-length // BLOCK_TOKENS)], length) for ids, length in parts]
-        k_KHT = torch.cat([keys[ids].permute(1, 2, 0, 3).flatten(2)[..., :length] for ids, length in blocks], dim=2)
-        v_KTH = torch.cat([values[ids].transpose(0, 1).flatten(1, 2)[:, :length] for ids, length in blocks], dim=1)
+        k_KHT = torch.cat(
+            [keys[ids].permute(1, 2, 0, 3).flatten(2)[..., :length] for ids, length in blocks], dim=2
+        )
+        v_KTH = torch.cat(
+            [values[ids].transpose(0, 1).flatten(1, 2)[:, :length] for ids, length in blocks], dim=1
+        )
         q_KJH = q_SNH[row].unflatten(0, (k_KHT.shape[0], -1))
         weights_KJT = (q_KJH.to(wide) @ k_KHT.to(wide) * scale).softmax(dim=-1)
         outputs.append((weights_KJT @ v_KTH.to(wide)).flatten(0, 1).to(q_SNH.dtype))
@@ -61,12 +72,19 @@ def decode_attention_reference(
 
 
 def decode_attention(
-    q_SNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, keys: Tensor, values: Tensor, layout: DecodeLayout, *, scale: float
+    q_SNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: DecodeLayout,
+    *,
+    scale: float,
 ) -> Tensor:
     """Write each row's new key and value into its last block, and attend; ``[S, N, H]`` in the dtype of q.
 
-    bfloat16, float32 or float64 on the CPU, with C++; bfloat16, float16 or float32 on CUDA, with Triton. q, k, v and the
-    pools have one dtype, and the pools are contiguous. On the CPU a length or block outside the tables or the pool
+    bfloat16, float32 or float64 on the CPU, with C++; bfloat16, float16 or float32 on CUDA, with Triton. q, k, v and
+    the pools have one dtype, and the pools are contiguous. On the CPU a length or block outside the tables or the pool
     raises RuntimeError; on CUDA nothing waits for the device, and nothing is checked.
     """
     extension.load()
@@ -86,7 +104,9 @@ def decode_attention(
 
 
 extension.load()
-torch.library.register_kernel("omnigrpo::decode_attention", "cuda", decode_attention_cuda.decode_attention_cuda)
+torch.library.register_kernel(
+    "omnigrpo::decode_attention", "cuda", decode_attention_cuda.decode_attention_cuda
+)
 
 
 @torch.library.register_fake("omnigrpo::decode_attention")

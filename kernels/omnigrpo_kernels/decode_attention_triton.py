@@ -93,12 +93,18 @@ def attend(
     while index < num_blocks:
         own = index - num_prefix
         is_own = own >= 0
-        table = tl.where(is_own, own_blocks + row * own_stride + own, prefix_blocks + group * prefix_stride + index)
+        table = tl.where(
+            is_own, own_blocks + row * own_stride + own, prefix_blocks + group * prefix_stride + index
+        )
         left = tl.where(is_own, own_length - own * TOKENS, prefix_length - index * TOKENS)
         base = (tl.load(table) * KV_HEADS + head) * WIDTH * TOKENS
         seen = t < left
-        k_HT = tl.load(keys + base + h[:, None] * TOKENS + t[None, :], mask=inside[:, None] & seen[None, :], other=0.0)
-        v_TH = tl.load(values + base + t[:, None] * WIDTH + h[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+        k_HT = tl.load(
+            keys + base + h[:, None] * TOKENS + t[None, :], mask=inside[:, None] & seen[None, :], other=0.0
+        )
+        v_TH = tl.load(
+            values + base + t[:, None] * WIDTH + h[None, :], mask=seen[:, None] & inside[None, :], other=0.0
+        )
         if WIDEN:
             k_HT = k_HT.to(tl.float32)
             v_TH = v_TH.to(tl.float32)

@@ -16,7 +16,9 @@ from torch import Tensor
 from omnigrpo_kernels import extension
 
 
-def draw_tokens_reference(logits_SV: Tensor, uniform_S: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+def draw_tokens_reference(
+    logits_SV: Tensor, uniform_S: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
     """The same with float64 probabilities of float32 log-probs, on any device."""
     logprob_SV = (logits_SV / temperature).log_softmax(dim=-1)
     token_S = inverse_cdf(logprob_SV.to(torch.float64).exp(), uniform_S)
