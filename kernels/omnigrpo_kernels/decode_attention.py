@@ -1,13 +1,13 @@
 """Attention of a decode step: one new token per row, over its group's prefix and over its own tokens, both paged.
 
-Legend: ``S`` rows, ``N`` query heads, ``K`` key/value heads, ``H`` head width, ``B`` groups, ``P`` blocks of the longest
-prefix, ``R`` blocks of the longest row, ``X`` blocks of the pool.
+Legend: ``S`` rows, ``N`` query heads, ``K`` key/value heads, ``H`` head width, ``B`` groups, ``P`` blocks of the
+longest prefix, ``R`` blocks of the longest row, ``X`` blocks of the pool.
 
     o_s = sum_t softmax_t(scale * q_s . k_t) v_t    over t in its group's prefix, then its own tokens
 
 Keys and values lie in blocks of BLOCK_TOKENS tokens: keys ``[X, K, H, 32]`` with tokens innermost, as scores are
-summed, values ``[X, K, 32, H]``. A prefix has its blocks once, whatever its rows; the CPU kernel passes over 256 of its tokens
-for all rows of a group before it goes on, so that they come from memory once. The softmax is float32 (float64).
+summed, values ``[X, K, 32, H]``. A prefix has its blocks once, whatever its rows; the CPU kernel passes over 256 of its
+tokens for all rows of a group before it goes on, so that they come from memory once. The softmax is float32 (float64).
 """
 
 from dataclasses import dataclass

@@ -34,7 +34,7 @@ def mix64(counter: Tensor) -> Tensor:
 
 
 def uniforms(seeds: Tensor, position: int | Tensor) -> Tensor:
-    """One float64 in [0, 1) per int64 seed, for the token at this index of the completion (int64, one or all seeds')."""
+    """One float64 in [0, 1) per int64 seed, for the token at this index of its completion (one for all, or int64)."""
     # Seeds are hashed before the position is added: neighbouring seeds must not be shifted copies of
     # one stream.
     step = torch.as_tensor(position, device=seeds.device) * _INCREMENT
