@@ -16,6 +16,12 @@ STABLE_TORCH_LIBRARY(omnigrpo, m) {
       "shared_prefix_attention_backward_amx(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "int[] prefix_lengths, int[] completion_counts, int[] completion_lengths, bool prefix_queries, float scale, "
       "int pieces) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def("skinny_linear(Tensor rows, Tensor weight, Tensor? bias, bool wide) -> Tensor");
+  m.def(
+      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor groups, "
+      "Tensor prefix_blocks, Tensor prefix_lengths, Tensor own_blocks, Tensor own_lengths, float scale) "
+      "-> Tensor");
+  m.def("draw_tokens(Tensor logits, Tensor uniform, float temperature) -> (Tensor token, Tensor logprob)");
   m.def("yuv420_to_rgb(Tensor y, Tensor u, Tensor v, Tensor(a!) rgb, int[] coefficients) -> ()");
 }
 

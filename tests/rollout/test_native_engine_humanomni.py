@@ -7,7 +7,7 @@ import torch
 
 from omnigrpo.model.config import tiny
 from omnigrpo.model.humanomni import HumanOmni
-from omnigrpo.rollout.interface import SamplingParams
+from omnigrpo.rollout.interface import GroupRequest, SamplingParams, collect
 from omnigrpo.rollout.native_engine import NativeEngine
 from omnigrpo.schema import (
     AUDIO_ROW,
@@ -60,7 +60,9 @@ def test_logprobs_equal_the_packed_training_pass():
     prefixes = [Prefix(inputs=i, embeddings_PD=e) for i, e in zip(inputs, embeddings, strict=True)]
     sampling = SamplingParams(temperature=0.9, max_new_tokens=20, stop_token_ids=tuple(range(0, 512, 8)))
 
-    groups = NativeEngine(model).generate(prefixes, sampling, [[1, 2, 3], [4], [5, 6]])
+    seeds = ((1, 2, 3), (4,), (5, 6))
+    requests = [GroupRequest(prefix=p, seeds=group) for p, group in zip(prefixes, seeds, strict=True)]
+    groups = collect(NativeEngine(model).generate(requests, sampling), len(requests))
 
     lengths = tuple(tuple(len(item.token_ids) for item in group) for group in groups)
     assert len({length for group in lengths for length in group}) > 2

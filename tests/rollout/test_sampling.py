@@ -21,9 +21,9 @@ def _splitmix64(state: int) -> int:
 
 
 def _draw(probabilities: list[float], sampling: SamplingParams, num_draws: int) -> torch.Tensor:
-    logits_SV = torch.tensor([probabilities]).log()
-    tokens_SM, _ = sample_tokens(logits_SV, sampling, torch.arange(num_draws)[None], position=0)
-    return tokens_SM[0].bincount(minlength=len(probabilities)) / num_draws
+    logits_SV = torch.tensor([probabilities]).log().expand(num_draws, -1)
+    token_S, _ = sample_tokens(logits_SV, sampling, torch.arange(num_draws), position=0)
+    return token_S.bincount(minlength=len(probabilities)) / num_draws
 
 
 def test_mix64_gives_the_published_first_output_of_seed_0():
@@ -90,10 +90,10 @@ def test_ties_at_the_threshold_are_all_kept():
 
 
 def test_impossible_tokens_are_never_drawn():
-    logits_SV = torch.full((1, 1000), -math.inf)
-    logits_SV[0, [17, 600]] = 0.0
-    tokens, logprob = sample_tokens(logits_SV, SamplingParams(), torch.arange(2000)[None], position=3)
-    assert set(tokens.flatten().tolist()) == {17, 600}
+    logits_SV = torch.full((2000, 1000), -math.inf)
+    logits_SV[:, [17, 600]] = 0.0
+    tokens, logprob = sample_tokens(logits_SV, SamplingParams(), torch.arange(2000), position=3)
+    assert set(tokens.tolist()) == {17, 600}
     torch.testing.assert_close(logprob, torch.full_like(logprob, math.log(0.5)))
 
 
@@ -112,17 +112,24 @@ def test_greedy_takes_the_largest_and_reports_temperature_1():
     torch.testing.assert_close(logprob_S, logits_SV.log_softmax(-1).amax(-1))
 
 
-def test_a_row_is_drawn_alike_alone_in_a_batch_and_as_one_of_many_draws():
+def test_a_row_is_drawn_alike_alone_and_in_a_batch():
     logits_SV = torch.randn(9, 50, generator=torch.Generator().manual_seed(1)) * 3
     seed_S = torch.randint(-(2**62), 2**62, (9,), generator=torch.Generator().manual_seed(2))
     sampling = SamplingParams(temperature=1.3, top_k=20, top_p=0.9)
     token_S, logprob_S = sample_tokens(logits_SV, sampling, seed_S, position=5)
     for row in range(9):
         alone, alone_logprob = sample_tokens(logits_SV[row : row + 1], sampling, seed_S[row : row + 1], 5)
-        many, _ = sample_tokens(logits_SV[row : row + 1], sampling, seed_S[None], 5)
         assert alone.tolist() == [int(token_S[row])]
         assert float(alone_logprob[0]) == float(logprob_S[row])
-        assert int(many[0, row]) == int(token_S[row])
+
+
+def test_rows_may_be_at_positions_of_their_own():
+    logits_SV = torch.randn(5, 50, generator=torch.Generator().manual_seed(1)) * 3
+    seed_S, position_S = torch.arange(5), torch.tensor([0, 3, 511, 3, 70])
+    token_S, logprob_S = sample_tokens(logits_SV, SamplingParams(), seed_S, position_S)
+    for row, position in enumerate(position_S.tolist()):
+        alone = sample_tokens(logits_SV[row : row + 1], SamplingParams(), seed_S[row : row + 1], position)
+        assert [int(alone[0]), float(alone[1])] == [int(token_S[row]), float(logprob_S[row])]
 
 
 def test_bfloat16_logits_are_sampled_in_float32():

@@ -22,6 +22,7 @@ from omnigrpo_kernels.rope import rotate_heads
 from omnigrpo_kernels.shared_prefix_attention import shared_prefix_attention
 from omnigrpo_kernels.shared_prefix_attention_cuda import attention_plan
 from omnigrpo_kernels.shared_prefix_layout import SharedPrefixLayout
+from omnigrpo_kernels.skinny_linear import linear
 from omnigrpo_kernels.swiglu import swiglu
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -67,6 +68,14 @@ class RMSNorm(nn.Module):
         return rms_norm(rows_TD, self.weight, self.eps)
 
 
+class Projection(nn.Linear):
+    """A linear map that decodes at the speed of memory: few rows without gradients go through a kernel of their own."""
+
+    def forward(self, rows_TD: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """``rows @ weight.T + bias``."""
+        return linear(rows_TD, self.weight, self.bias)
+
+
 class SelfAttention(nn.Module):
     """Projections around an attention that the caller supplies."""
 
@@ -75,10 +84,10 @@ class SelfAttention(nn.Module):
         self.head_width = config.head_width
         query_width = config.num_heads * config.head_width
         kv_width = config.num_kv_heads * config.head_width
-        self.q_proj = nn.Linear(config.width, query_width)
-        self.k_proj = nn.Linear(config.width, kv_width)
-        self.v_proj = nn.Linear(config.width, kv_width)
-        self.o_proj = nn.Linear(query_width, config.width, bias=False)
+        self.q_proj = Projection(config.width, query_width)
+        self.k_proj = Projection(config.width, kv_width)
+        self.v_proj = Projection(config.width, kv_width)
+        self.o_proj = Projection(query_width, config.width, bias=False)
 
     def forward(self, rows_TD: Tensor, rotation: Rotation, attend: LayerAttend) -> Tensor:
         """Rotate q and k, attend, and project back to ``[T, D]``."""
@@ -97,9 +106,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.gate_proj = Projection(config.width, config.ffn_width, bias=False)
+        self.up_proj = Projection(config.width, config.ffn_width, bias=False)
+        self.down_proj = Projection(config.ffn_width, config.width, bias=False)
 
     def forward(self, rows_TD: Tensor) -> Tensor:
         """``down(silu(gate(x)) * up(x))``."""
@@ -164,7 +173,7 @@ def _plain_parameters(layer: DecoderLayer, dtype: torch.dtype) -> LayerParameter
     biased = attention.q_proj, attention.k_proj, attention.v_proj
     unbiased = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
     norms = layer.input_layernorm, layer.post_attention_layernorm
-    if not all(_is_plain(module, nn.Linear) for module in (*biased, *unbiased)):
+    if not all(_is_plain(module, Projection) for module in (*biased, *unbiased)):
         return None
     if not all(_is_plain(module, RMSNorm) for module in norms):
         return None

@@ -1,12 +1,13 @@
 """Token sampling whose outcome depends on a sample's own seed and logits, never on the batch around it.
 
-Legend: ``S`` rows of logits, ``M`` draws from one row, ``V`` vocabulary.
+Legend: ``S`` rows of logits, ``V`` vocabulary.
 """
 
 import torch
 from torch import Tensor
 
 from omnigrpo.rollout.interface import SamplingParams
+from omnigrpo_kernels.draw_tokens import draw_tokens, inverse_cdf
 
 
 def _signed(value: int) -> int:
@@ -32,44 +33,43 @@ def mix64(counter: Tensor) -> Tensor:
     return bits ^ _shift_right(bits, 31)
 
 
-def uniforms(seeds: Tensor, position: int) -> Tensor:
-    """One float64 in [0, 1) per int64 seed, for the token at this index of the completion."""
+def uniforms(seeds: Tensor, position: int | Tensor) -> Tensor:
+    """One float64 in [0, 1) per int64 seed, for the token at this index of its completion (one for all, or int64)."""
     # Seeds are hashed before the position is added: neighbouring seeds must not be shifted copies of
     # one stream.
-    bits = mix64(mix64(seeds) + _signed(position * (_INCREMENT % (1 << 64)) % (1 << 64)))
-    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+    step = torch.as_tensor(position, device=seeds.device) * _INCREMENT
+    return _shift_right(mix64(mix64(seeds) + step), 11).to(torch.float64) * 2.0**-53
 
 
 def sample_tokens(
-    logits_SV: Tensor, sampling: SamplingParams, seeds: Tensor, position: int
+    logits_SV: Tensor, sampling: SamplingParams, seed_S: Tensor, position: int | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Draw tokens by inverse CDF and report the log-prob of each.
+    """Draw a token from each row by inverse CDF and report its log-prob.
 
-    ``seeds`` is int64 ``[S]``, or ``[S, M]`` for M draws from the same row of logits; tokens and log-probs
-    have its shape. ``position`` is the index of the token in its completion. The log-prob is under
-    softmax(logits / temperature) over the whole vocabulary, before top-k and top-p, because that is what
-    the trainer computes; greedy decoding reports it at temperature 1. Log-probs are float32 (float64 for
-    float64 logits), the CDF is float64. Nothing waits for the device.
+    ``position`` is the index of the token in its completion: int64 ``[S]``, or one for all rows. The log-prob is under
+    softmax(logits / temperature) over the whole vocabulary, before top-k and top-p, because that is what the trainer
+    computes; greedy decoding reports it at temperature 1. Log-probs are float32 (float64 for float64 logits), sums of
+    probabilities float64. Nothing waits for the device.
     """
     logits_SV = logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
-    seeds_SM = seeds if seeds.ndim == 2 else seeds[:, None]
     if sampling.temperature == 0:
-        logprob_SV = logits_SV.log_softmax(dim=-1)
-        token_SM = logits_SV.argmax(dim=-1, keepdim=True).expand_as(seeds_SM)
-    else:
-        logprob_SV = (logits_SV / sampling.temperature).log_softmax(dim=-1)
-        probability_SV = _truncate(logprob_SV.to(torch.float64).exp(), sampling)
-        token_SM = _inverse_cdf(probability_SV, uniforms(seeds_SM, position))
-    logprob_SM = logprob_SV.gather(-1, token_SM)
-    return token_SM.reshape(seeds.shape), logprob_SM.reshape(seeds.shape)
+        return _scored(logits_SV.log_softmax(dim=-1), logits_SV.argmax(dim=-1))
+    uniform_S = uniforms(seed_S, position)
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return draw_tokens(logits_SV, uniform_S, temperature=sampling.temperature)
+    logprob_SV = (logits_SV / sampling.temperature).log_softmax(dim=-1)
+    probability_SV = _truncate(logprob_SV.to(torch.float64).exp(), sampling)
+    return _scored(logprob_SV, inverse_cdf(probability_SV, uniform_S))
+
+
+def _scored(logprob_SV: Tensor, token_S: Tensor) -> tuple[Tensor, Tensor]:
+    return token_S, logprob_SV.gather(-1, token_S[:, None]).squeeze(1)
 
 
 def _truncate(probability_SV: Tensor, sampling: SamplingParams) -> Tensor:
     """Zero what top-k, then top-p, exclude; ties at the threshold stay, so their order cannot matter."""
     vocab_size = probability_SV.shape[-1]
     keep = min(sampling.top_k or vocab_size, vocab_size)
-    if keep == vocab_size and sampling.top_p == 1:
-        return probability_SV
     largest_SK = probability_SV.topk(keep, dim=-1).values
     threshold_S1 = largest_SK[:, -1:]
     if sampling.top_p < 1:
@@ -78,14 +78,3 @@ def _truncate(probability_SV: Tensor, sampling: SamplingParams) -> Tensor:
         # The largest token is always inside: its `before` is 0.
         threshold_S1 = largest_SK.masked_fill(~inside_SK, float("inf")).amin(dim=-1, keepdim=True)
     return probability_SV.masked_fill(probability_SV < threshold_S1, 0.0)
-
-
-def _inverse_cdf(probability_SV: Tensor, uniform_SM: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds ``uniform`` times the row's sum."""
-    cumulative_SV = probability_SV.cumsum(dim=-1)
-    total_S1 = cumulative_SV[:, -1:]
-    below_total_S1 = torch.nextafter(total_S1, torch.zeros_like(total_S1))
-    target_SM = torch.minimum(uniform_SM * total_S1, below_total_S1)
-    token_SM = torch.searchsorted(cumulative_SV, target_SM.contiguous(), right=True)
-    # Only a row with NaN gets past its end; its log-prob is NaN too, and the caller sees that.
-    return token_SM.clamp(max=probability_SV.shape[-1] - 1)
