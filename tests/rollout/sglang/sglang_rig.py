@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from omnigrpo.group_sampler import embed
 from omnigrpo.model.checkpoint_format import load_model
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.prompting import PromptEncoder, PromptTemplate
@@ -21,7 +22,6 @@ from omnigrpo.schema import (
     Prompt,
     SharedPrefixLayout,
 )
-from omnigrpo.trainer import embed
 from omnigrpo_kernels.linear_logprob import linear_logprob
 
 BOTH: tuple[Modality, ...] = ("video", "audio")
