@@ -1,5 +1,10 @@
-"""Builds the extension module; everything else about the package is in pyproject.toml."""
+"""Builds the extension module; everything else about the package is in pyproject.toml.
 
+With OMNIGRPO_WITHOUT_EXTENSION=1 nothing is built: an editable install in a second environment finds the module that
+the first one left beside the sources, for its ABI is that of every torch >= 2.11.
+"""
+
+import os
 from pathlib import Path
 
 from setuptools import setup
@@ -26,7 +31,7 @@ extension = CppExtension(
 )
 
 setup(
-    ext_modules=[extension],
+    ext_modules=[] if os.environ.get("OMNIGRPO_WITHOUT_EXTENSION") == "1" else [extension],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

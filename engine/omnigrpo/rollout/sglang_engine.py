@@ -1,0 +1,385 @@
+"""Group rollouts on SGLang in this process: a group's prefix is sent once as rows, and prefilled once."""
+
+import asyncio
+import dataclasses
+import json
+import shutil
+from collections.abc import Coroutine, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from omnigrpo.model.checkpoint_format import CONFIG_FILE
+from omnigrpo.model.config_json import from_json
+from omnigrpo.rollout import sglang_commands as commands
+from omnigrpo.rollout.admission import Admission, Need
+from omnigrpo.rollout.interface import (
+    GroupRequest,
+    RolloutCounters,
+    RolloutError,
+    SamplingParams,
+)
+from omnigrpo.rollout.sglang_config import SGLangConfig
+from omnigrpo.rollout.sglang_host import SGLangHost, check_installed
+from omnigrpo.rollout.sglang_plugin.names import PRECOMPUTED_KEY
+from omnigrpo.rollout.sglang_requests import (
+    GenerateCall,
+    Generated,
+    MediaKeys,
+    check_sharing,
+    completion_of,
+    media_bytes,
+    media_of,
+    prompt_ids,
+    room_of,
+    sampling_of,
+)
+from omnigrpo.rollout.sglang_stream import SGLangStream, StreamOwner
+from omnigrpo.rollout.weight_buckets import WeightBuckets
+from omnigrpo.schema import Completion
+
+T = TypeVar("T")
+
+_SHARED_MEMORY = Path("/dev/shm")
+_ROWS_KEPT_BACK = 3
+"""Rows of context and cache that SGLang gives to nobody; beyond them it would shorten a completion in silence."""
+_INPUT_KEPT_BACK = 6
+"""The same for a prompt alone."""
+
+
+class SGLangEngine:
+    """SGLang's scheduler in child processes, with weights of its own; one call per group, all groups at once.
+
+    It draws other tokens each time: SGLang 0.5.17 ignores the seeds of requests outside its deterministic mode, in
+    which all samples of a call would be the same one. Log-probs are under softmax(logits / temperature) before top-k
+    and top-p, at temperature 1 when decoding is greedy. Media rows come from the caller; no tower runs in there.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: SGLangConfig | None = None,
+        *,
+        device: Literal["cpu", "cuda"],
+        dtype: torch.dtype,
+    ) -> None:
+        """Start SGLang on the checkpoint in ``directory``, whose weights are version 0; ``dtype`` is the policy's.
+
+        Must be called in the main thread, below ``if __name__ == "__main__":`` in a script, as children are spawned.
+
+        Raises ImportError without SGLang 0.5.17, RolloutError when it does not start.
+        """
+        check_installed()
+        self._config = config or SGLangConfig()
+        self._dtype = dtype if self._config.dtype == "policy" else getattr(torch, self._config.dtype)
+        text = (directory / CONFIG_FILE).read_text(encoding="utf-8")
+        self._decoder = from_json(json.loads(text)).decoder
+        self._context = self._config.context_length or self._decoder.max_positions
+        self._buckets = WeightBuckets(self._decoder, self._dtype, self._config.bucket_bytes)
+        self._host = SGLangHost(
+            _server_arguments(directory, self._config, self._context, device, self._dtype),
+            _environment(device),
+            start_timeout_seconds=self._config.start_timeout_seconds,
+        )
+        self._admission = Admission(
+            Need(rows=self._host.capacity_rows, media_bytes=self._config.shared_memory_bytes)
+        )
+        self._end_tokens = frozenset(commands.end_tokens(self._host.manager))
+        self._keys = MediaKeys()
+        self._version = 0
+        self._paused = self._released = False
+        self._torn: str | None = None
+        self._counters = RolloutCounters()
+
+    @property
+    def counters(self) -> RolloutCounters:
+        """Totals of finished groups; decoder calls are SGLang's own and not counted (``decode_steps`` stays 0)."""
+        return self._counters
+
+    @property
+    def overlaps_training(self) -> bool:
+        """True: its weights are its own."""
+        return True
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Of SGLang's child processes."""
+        return self._host.process_ids
+
+    def generate(self, requests: Sequence[GroupRequest], sampling: SamplingParams) -> "SGLangStream":
+        """Begin to draw the samples of every request; see ``Sampler.generate``.
+
+        Raises RolloutError while memory is released, or when /dev/shm has no room for a group's media.
+        """
+        self._host.check()
+        if self._torn is not None:
+            raise RolloutError(self._torn)
+        if self._released:
+            raise RolloutError("SGLang's memory is released: call restore_memory before generate")
+        self._validate(requests, sampling)
+        calls: set[str] = set()
+        futures = {
+            self._host.submit(self._group(request, sampling, calls)): index
+            for index, request in enumerate(requests)
+        }
+        owner = StreamOwner(
+            timeout_seconds=self._config.timeout_seconds,
+            is_paused=lambda: self._paused,
+            error=self._host.error,
+            abort=lambda: self._abort(calls),
+        )
+        return SGLangStream(futures, [request.name for request in requests], owner)
+
+    def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the decoder's weights, once nothing is under way; those of towers, projectors and gate are left out.
+
+        Raises RolloutError for a weight that the decoder lacks or of another shape (nothing has changed then), while
+        it is paused with samples under way, and when SGLang fails on the way: if some buckets had arrived by then,
+        it generates nothing until a later ``publish`` has brought them all.
+        """
+        chosen = self._buckets.choose(weights)
+        if self._paused and self._admission.num_inside:
+            raise RolloutError(
+                "samples are under way and the engine is paused, so that it will never be idle: resume it, or close "
+                "the stream, before publish"
+            )
+        if self._released:
+            self.restore_memory()
+        self._run(self._update(chosen, version), what=f"take the weights of version {version}")
+
+    def pause(self) -> None:
+        """Stop drawing tokens; KV rows of what is under way stay."""
+        if not self._paused:
+            self._run(commands.pause(self._host.manager), what="pause")
+            self._paused = True
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        if self._paused:
+            self._run(commands.resume(self._host.manager), what="go on")
+            self._paused = False
+
+    def release_memory(self) -> None:
+        """Free weights and KV cache with ``sglang.memory_saver``, else only forget the prefixes.
+
+        Without it the allocations stay: on a CPU there is nothing else. RolloutError while samples are under way.
+        """
+        if self._admission.num_inside:
+            raise RolloutError(
+                "samples are under way: read the stream to its end, or close it, before release_memory"
+            )
+        self._run(commands.flush_cache(self._host.manager), what="empty its cache")
+        self._keys.clear()
+        if self._config.memory_saver and not self._released:
+            self._run(commands.release_memory(self._host.manager), what="release its memory")
+            self._released = True
+
+    def restore_memory(self) -> None:
+        """Allocate again what ``release_memory`` freed; the weights come back from the host."""
+        if self._released:
+            self._run(commands.restore_memory(self._host.manager), what="restore its memory")
+            self._released = False
+
+    def server_counters(self) -> commands.ServerCounters:
+        """What the model in SGLang's process has done."""
+        return self._run(commands.server_counters(self._host.manager), what="read its counters")
+
+    def close(self) -> None:
+        """End SGLang's processes and remove their shared memory; may be called twice."""
+        self._host.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T], *, what: str) -> T:
+        return self._host.run(coroutine, what=what, timeout_seconds=self._config.timeout_seconds)
+
+    async def _group(
+        self, request: GroupRequest, sampling: SamplingParams, calls: set[str]
+    ) -> tuple[Completion, ...]:
+        """Draw what is missing of one group; ``calls`` holds the ids of its calls while they are under way."""
+        begun = [request.begun_by(sample) for sample in range(len(request.seeds))]
+        missing = [i for i, had in enumerate(begun) if had is None or not had.is_finished]
+        done = {i: had for i, had in enumerate(begun) if had is not None and had.is_finished}
+        if not missing:
+            return tuple(done[i] for i in range(len(begun)))
+        async with self._admission.hold(self._need(request, sampling)):
+            drawn = await self._draw(request, sampling, missing, calls)
+        for sample, generated in drawn.items():
+            check_sharing(request, sample, generated)
+            done[sample] = completion_of(generated, begun[sample], sampling)
+        self._count(request, drawn.values())
+        return tuple(done[i] for i in range(len(begun)))
+
+    async def _draw(
+        self, request: GroupRequest, sampling: SamplingParams, missing: Sequence[int], calls: set[str]
+    ) -> dict[int, Generated]:
+        """Fresh samples in one call, which prefills their prefix first; begun ones in a call each, after a prefill."""
+        ids = prompt_ids(request.prefix)
+        media = media_of(request.prefix, dtype=self._dtype, keys=self._keys, version=self._version)
+
+        async def call(tokens: tuple[int, ...], num_samples: int, room: int) -> list[Generated]:
+            wanted = GenerateCall(
+                token_ids=ids + tokens,
+                media=media,
+                num_samples=num_samples,
+                sampling=sampling_of(sampling, room),
+            )
+            calls.add(wanted.request_id)
+            try:
+                return await commands.generate(self._host.manager, wanted)
+            finally:
+                calls.discard(wanted.request_id)
+
+        had = {i: completion for i in missing if (completion := request.begun_by(i)) is not None}
+        fresh = [i for i in missing if i not in had]
+        drawn: dict[int, Generated] = {}
+        if fresh:
+            samples = await call((), len(fresh), room_of(sampling, None))
+            drawn |= dict(zip(fresh, samples, strict=True))
+        elif len(had) > 1:
+            await call((), 1, 0)
+        parts = await asyncio.gather(
+            *(call(part.token_ids, 1, room_of(sampling, part)) for part in had.values())
+        )
+        return drawn | {i: only for i, (only,) in zip(had, parts, strict=True)}
+
+    async def _update(self, chosen: Sequence[tuple[str, Tensor]], version: int) -> None:
+        """Send every bucket while nothing is under way; only the last one carries the version."""
+        async with self._admission.alone():
+            if not chosen:
+                await commands.set_version(self._host.manager, version)
+            buckets = list(self._buckets.plan(chosen))
+            for index, bucket in enumerate(buckets):
+                last = index == len(buckets) - 1
+                try:
+                    await commands.update_weights(
+                        self._host.manager,
+                        self._buckets.cast(bucket),
+                        ranks=self._config.tensor_parallel,
+                        version=version if last else None,
+                    )
+                except RolloutError as error:
+                    raise self._half_taken(error, index, len(buckets), version) from error
+            self._version, self._torn = version, None
+            self._keys.clear()
+
+    def _half_taken(self, error: RolloutError, taken: int, buckets: int, version: int) -> RolloutError:
+        if taken == 0:
+            return RolloutError(f"{error}; SGLang goes on with version {self._version}")
+        self._torn = (
+            f"SGLang holds {taken} of {buckets} buckets of version {version} and the rest of version "
+            f"{self._version}: publish all weights again, or build a new engine"
+        )
+        return RolloutError(f"{error}; {self._torn}")
+
+    def _abort(self, calls: set[str]) -> None:
+        async def abort() -> None:
+            for request_id in tuple(calls):
+                commands.abort(self._host.manager, request_id)
+
+        if self._host.is_running:
+            self._run(abort(), what="abort what is under way")
+
+    def _need(self, request: GroupRequest, sampling: SamplingParams) -> Need:
+        samples, rows = len(request.seeds), len(request.prefix.inputs.token_ids_P)
+        return Need(
+            rows=rows + samples * sampling.max_new_tokens,
+            media_bytes=(samples + 1) * media_bytes(request.prefix, self._dtype),
+        )
+
+    def _count(self, request: GroupRequest, drawn: Iterable[Generated]) -> None:
+        tokens = sum(len(generated.token_ids) for generated in drawn)
+        before = self._counters
+        self._counters = dataclasses.replace(
+            before,
+            prefixes_prefilled=before.prefixes_prefilled + 1,
+            prefix_rows=before.prefix_rows + len(request.prefix.inputs.token_ids_P),
+            decode_rows=before.decode_rows + tokens,
+            tokens_generated=before.tokens_generated + tokens,
+        )
+
+    def _validate(self, requests: Sequence[GroupRequest], sampling: SamplingParams) -> None:
+        width, vocabulary = self._decoder.width, self._decoder.vocab_size
+        for token in sampling.stop_token_ids:
+            if token >= vocabulary:
+                raise ValueError(f"stop token {token} is outside the vocabulary of {vocabulary} tokens")
+        hidden = self._end_tokens - set(sampling.stop_token_ids)
+        if sampling.stop_token_ids and hidden:
+            raise ValueError(
+                f"stop_token_ids are {sampling.stop_token_ids}, but SGLang also ends a completion at the "
+                f"checkpoint's own end tokens {sorted(hidden)}: add them"
+            )
+        free = free_shared_memory()
+        for request in requests:
+            self._validate_prefix(request, sampling, width)
+            needed = self._need(request, sampling).media_bytes
+            if needed > free:
+                raise RolloutError(
+                    f"{request.name} needs {needed / 2**20:.1f} MiB of {_SHARED_MEMORY} to send its media rows once "
+                    f"per sample, but {free / 2**20:.1f} MiB are free: enlarge it (docker: --shm-size), or draw "
+                    "fewer samples per prompt"
+                )
+
+    def _validate_prefix(self, request: GroupRequest, sampling: SamplingParams, width: int) -> None:
+        shape, ids_P = tuple(request.prefix.embeddings_PD.shape), request.prefix.inputs.token_ids_P
+        if shape != (len(ids_P), width) or len(ids_P) == 0:
+            raise ValueError(
+                f"{request.name} has embeddings of shape {shape} for {len(ids_P)} rows; expected [P, {width}] with one "
+                "per row and P >= 1"
+            )
+        if request.prefix.inputs.positions_3P is not None:
+            raise ValueError(f"{request.name} has M-RoPE positions; this engine's decoder takes plain ones")
+        limit, cache = min(self._context, self._host.capacity_rows), self._host.capacity_rows
+        rows, new = len(ids_P), sampling.max_new_tokens
+        if rows + new > limit - _ROWS_KEPT_BACK or rows > limit - _INPUT_KEPT_BACK:
+            raise ValueError(
+                f"{request.name} has {rows} rows, and with {new} new tokens it does not fit a context of "
+                f"{self._context} and a cache of {cache} rows, of which SGLang keeps {_ROWS_KEPT_BACK} (and for a "
+                f"prompt alone {_INPUT_KEPT_BACK}): shorten the prompt, or lower max_new_tokens"
+            )
+        if bool((ids_P >= self._decoder.vocab_size).any()):
+            raise ValueError(
+                f"{request.name} has token {int(ids_P.max())}, outside the vocabulary of {self._decoder.vocab_size}"
+            )
+
+
+def free_shared_memory() -> int:
+    """Bytes that processes may still put into shared memory."""
+    return shutil.disk_usage(_SHARED_MEMORY).free
+
+
+def _server_arguments(
+    directory: Path, config: SGLangConfig, context: int, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """SGLang's ServerArgs."""
+    arguments: dict[str, Any] = {
+        "model_path": str(directory),
+        "json_model_override_args": json.dumps({PRECOMPUTED_KEY: True}),
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "context_length": context,
+        "mem_fraction_static": config.mem_fraction,
+        "max_total_tokens": config.max_total_tokens,
+        "tp_size": config.tensor_parallel,
+        "sampling_backend": "pytorch" if device == "cpu" else None,
+        "grammar_backend": "none",
+        "attention_backend": config.attention_backend or ("torch_native" if device == "cpu" else None),
+        "weight_version": "0",
+        "log_level": config.log_level,
+    }
+    if device == "cpu":
+        # Without sleep_on_idle its scheduler keeps a core busy while there is nothing to do.
+        arguments |= {"disable_cuda_graph": True, "disable_overlap_schedule": True, "sleep_on_idle": True}
+    if config.memory_saver:
+        arguments |= {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
+    return arguments
+
+
+def _environment(device: str) -> dict[str, str]:
+    """Variables of SGLang's processes: its cache of tower outputs has no part here."""
+    if device == "cpu" and torch.cuda.is_available():
+        raise ValueError(
+            "the rollout is to run on the CPU, but SGLang takes every CUDA device that torch sees: start this program "
+            "with CUDA_VISIBLE_DEVICES= (empty), or set model.device=cuda"
+        )
+    return {"SGLANG_VLM_CACHE_SIZE_MB": "0"}

@@ -1,0 +1,4 @@
+"""HumanOmni inside SGLang's processes: configuration, model and processor, found through an entry point.
+
+Only these modules and ``rollout.sglang_host`` import sglang.
+"""
