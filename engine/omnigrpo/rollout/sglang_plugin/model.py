@@ -14,14 +14,22 @@ from sglang.srt.managers.mm_utils import (
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from torch import Tensor, nn
 
+from omnigrpo.feature_source import RECIPE_VERSION
 from omnigrpo.model.config import DecoderConfig
+from omnigrpo.model.config_json import from_json
 from omnigrpo.model.parts import part_of
-from omnigrpo.rollout.decoder_shapes import decoder_shapes
-from omnigrpo.rollout.sglang_plugin.names import COUNTERS_NAME
+from omnigrpo.rollout.decoder_shapes import decoder_shapes, geometry_of
+from omnigrpo.rollout.media_encoder import MediaEncoder
+from omnigrpo.rollout.sglang_plugin.names import (
+    COUNTERS_NAME,
+    DOCUMENT_KEY,
+    IDENTITY_NAME,
+    PRECOMPUTED_KEY,
+)
 
 
 class HumanOmniQwen2ForCausalLM(nn.Module):
-    """The decoder, under the checkpoint's names; media rows come with the request."""
+    """The decoder, under the checkpoint's names; media rows come with the request, or are made of its clip here."""
 
     def __init__(self, config, quant_config=None, prefix: str = "") -> None:
         super().__init__()
@@ -29,6 +37,9 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
         with _rope_of_torch():
             self.language_model = Qwen2ForCausalLM(config, quant_config, prefix)
         self._shapes = decoder_shapes(_decoder_config(config))
+        self._is_raw = not getattr(config, PRECOMPUTED_KEY, False)
+        if self._is_raw:
+            self.media_encoder = MediaEncoder(from_json(getattr(config, DOCUMENT_KEY)))
         self._prefill_calls = self._prefill_rows = self._encoder_calls = 0
 
     def get_input_embeddings(self) -> nn.Module:
@@ -40,12 +51,19 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
         return MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens(input_ids, mm_inputs)
 
     def get_video_feature(self, items) -> Tensor:
-        """Not to be called: SGLang asks for it only when a request brings no rows."""
-        return self._no_encoder(items)
+        """Rows of clips that came without them; RuntimeError in an engine that was started for ready-made rows."""
+        self._check_encoder(items)
+        return torch.cat(
+            [
+                self.media_encoder.video_rows(_clip_of(item), item.feature, tuple(item.question_ids.tolist()))
+                for item in items
+            ]
+        )
 
     def get_audio_feature(self, items) -> Tensor:
-        """Not to be called: SGLang asks for it only when a request brings no rows."""
-        return self._no_encoder(items)
+        """As ``get_video_feature``."""
+        self._check_encoder(items)
+        return torch.cat([self.media_encoder.audio_rows(_clip_of(item), item.feature) for item in items])
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch, **options):
@@ -63,29 +81,41 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy weights by their names in the checkpoint; those of towers, projectors and gate are left out.
+        """Copy weights by their names in the checkpoint; for ready-made rows only the decoder's.
 
         Nothing is copied when one of them does not fit. Raises ValueError for a name or shape that the model lacks.
         """
-        decoder = [(name, tensor) for name, tensor in weights if part_of(name) == "llm"]
+        named = list(weights)
+        decoder = [(name, tensor) for name, tensor in named if part_of(name) == "llm"]
+        others = [(name, tensor) for name, tensor in named if self._is_raw and part_of(name) != "llm"]
         problems = [problem for name, tensor in decoder if (problem := self._problem(name, tensor))]
+        problems += [p for name, tensor in others if (p := self.media_encoder.problem(name, tensor))]
         if problems:
-            raise ValueError("weights do not fit HumanOmni's decoder: " + "; ".join(problems))
+            raise ValueError("weights do not fit HumanOmni: " + "; ".join(problems))
         self.language_model.load_weights(decoder)
-        if any(tensor.is_cuda for _, tensor in decoder):
+        if others:
+            self.media_encoder.load(others)
+        if any(tensor.is_cuda for _, tensor in named):
             torch.cuda.synchronize()  # The sender may reuse its memory as soon as SGLang answers.
 
-    def get_weights_by_name(self, name: str, truncate_size: int = 100, tp_size: int = 1) -> list[int]:
-        """Read the counters; SGLang has no other way to ask a model something."""
+    def get_weights_by_name(
+        self, name: str, truncate_size: int = 100, tp_size: int = 1
+    ) -> list[int] | list[str]:
+        """Read the counters, or what the model is; SGLang has no other way to ask a model something."""
+        if name == IDENTITY_NAME:
+            dtype = str(next(self.language_model.parameters()).dtype).removeprefix("torch.")
+            mode = "raw" if self._is_raw else "precomputed"
+            return [geometry_of(_decoder_config(self.config)), dtype, mode, str(RECIPE_VERSION)]
         if name != COUNTERS_NAME:
-            raise ValueError(f"only {COUNTERS_NAME!r} can be read, got {name!r}")
+            raise ValueError(f"only {COUNTERS_NAME!r} and {IDENTITY_NAME!r} can be read, got {name!r}")
         return [self._prefill_calls, self._prefill_rows, self._encoder_calls]
 
-    def _no_encoder(self, items) -> Tensor:
+    def _check_encoder(self, items) -> None:
         self._encoder_calls += 1
-        raise RuntimeError(
-            f"{len(items)} media items came without their rows, but this engine was started for ready-made rows"
-        )
+        if not self._is_raw:
+            raise RuntimeError(
+                f"{len(items)} media items came without their rows, but this engine was started for ready-made rows"
+            )
 
     def _problem(self, name: str, tensor: Tensor) -> str | None:
         expected = self._shapes.get(name)
@@ -93,6 +123,10 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
             return f"{name} is none of its weights"
         found = tuple(tensor.shape)
         return None if found == expected else f"{name} has shape {found}, the model needs {expected}"
+
+
+def _clip_of(item) -> str:
+    return bytes(item.clip_digest.tolist()).hex()
 
 
 def _decoder_config(config) -> DecoderConfig:

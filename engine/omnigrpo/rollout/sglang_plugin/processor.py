@@ -12,14 +12,19 @@ from sglang.srt.managers.schedule_batch import (
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from torch import Tensor
 
+from omnigrpo.model.config import HumanOmniConfig
+from omnigrpo.model.config_json import from_json
+from omnigrpo.rollout.rows_text import rows_from_text
 from omnigrpo.rollout.sglang_plugin.model import HumanOmniQwen2ForCausalLM
+from omnigrpo.rollout.sglang_plugin.names import CLIP_FORMAT, DOCUMENT_KEY, PRECOMPUTED_KEY
+from omnigrpo.rollout.sglang_plugin.raw_media import clip_items
 from omnigrpo.rollout.sglang_requests import PLACEHOLDER_ID
 
 _KEYS = {"format", "modality", "precomputed_embeddings", "offsets", "hash"}
 
 
 class HumanOmniProcessor(BaseMultimodalProcessor):
-    """Takes ready-made rows: one dictionary per modality, with ids that have a placeholder at each of its rows."""
+    """Takes clips, or ready-made rows, one dictionary per modality; ids have a placeholder at each of their rows."""
 
     models = (HumanOmniQwen2ForCausalLM,)
 
@@ -37,8 +42,12 @@ class HumanOmniProcessor(BaseMultimodalProcessor):
                 "HumanOmni's requests need input_ids with a placeholder for every media row, got text"
             )
         videos, audios = request_obj.video_data or [], audio_data or []
-        items = [_item(entry, Modality.VIDEO, len(input_text)) for entry in videos]
-        items += [_item(entry, Modality.AUDIO, len(input_text)) for entry in audios]
+        items: list[MultimodalDataItem] = []
+        for entry, modality in [(e, Modality.VIDEO) for e in videos] + [(e, Modality.AUDIO) for e in audios]:
+            if isinstance(entry, dict) and entry.get("format") == CLIP_FORMAT:
+                items += await clip_items(entry, self._model_config(), len(input_text))
+            else:
+                items.append(_item(entry, modality, len(input_text)))
         return MultimodalProcessorOutput(
             mm_items=items,
             input_ids=input_text,
@@ -46,6 +55,11 @@ class HumanOmniProcessor(BaseMultimodalProcessor):
             video_token_id=PLACEHOLDER_ID,
             audio_token_id=PLACEHOLDER_ID,
         )
+
+    def _model_config(self) -> HumanOmniConfig:
+        if getattr(self.hf_config, PRECOMPUTED_KEY, False):
+            raise ValueError("a clip came, but this server was started for ready-made rows and has no towers")
+        return from_json(getattr(self.hf_config, DOCUMENT_KEY))
 
 
 def _item(entry: object, modality: Modality, num_ids: int) -> MultimodalDataItem:
@@ -56,6 +70,8 @@ def _item(entry: object, modality: Modality, num_ids: int) -> MultimodalDataItem
     rows_RD, offsets = entry["precomputed_embeddings"], [tuple(run) for run in entry["offsets"]]
     if entry["modality"] != modality.name:
         raise ValueError(f"{modality.name} data says that its modality is {entry['modality']!r}")
+    if isinstance(rows_RD, dict):
+        rows_RD = rows_from_text(rows_RD)
     if not isinstance(rows_RD, Tensor) or rows_RD.dim() != 2 or not torch.is_floating_point(rows_RD):
         raise ValueError(
             f"{modality.name}: precomputed_embeddings must be a floating-point tensor [rows, width]"
