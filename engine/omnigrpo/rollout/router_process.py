@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -19,7 +20,6 @@ ROUTING_KEY = "X-SMG-Routing-Key"
 _START_SECONDS = 60.0
 _CHANGE_SECONDS = 30.0
 _POLL_SECONDS = 0.02
-_END_SECONDS = 5.0
 _SHOWN = 2000
 
 
@@ -50,7 +50,7 @@ class RouterProcess:
         )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(_settings(port, servers)) + "\n")
-        self._process.stdin.flush()
+        self._process.stdin.close()
 
     @property
     def process_id(self) -> int:
@@ -88,14 +88,8 @@ class RouterProcess:
 
     def close(self) -> None:
         """End the process; may be called twice."""
-        if self._process.stdin is None or self._process.stdin.closed:
-            return
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()  # It ends by itself then.
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        if self._process.poll() is None:
+            self._process.kill()  # It holds nothing; asked politely, it would wait for requests under way.
             self._process.wait()
         self._log.close()
 
@@ -112,6 +106,7 @@ class RouterProcess:
 def _settings(port: int, servers: Sequence[str]) -> dict[str, object]:
     """Its arguments; ``/health`` of SGLang would take a paused server for a dead one."""
     return {
+        "parent": os.getpid(),
         "host": "127.0.0.1",
         "port": port,
         "worker_urls": list(servers),
