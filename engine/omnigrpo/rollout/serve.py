@@ -44,8 +44,6 @@ class ServeConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
-
-
 def serve_command(config: ServeConfig) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment variables to add to it.
 
@@ -93,4 +91,6 @@ def serve(config: ServeConfig) -> None:
 
 def shown(command: Sequence[str], environment: dict[str, str]) -> str:
     """Both as one line for a shell."""
-    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
+    return " ".join(
+        [*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)]
+    )
