@@ -57,6 +57,11 @@ class RouterProcess:
         """Of the child."""
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the child has not ended."""
+        return self._process.poll() is None
+
     async def wait_for(self, servers: Sequence[str]) -> None:
         """Wait until exactly these servers are in it; RolloutError when it ends or that takes too long."""
         begun = time.monotonic()

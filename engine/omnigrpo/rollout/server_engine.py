@@ -104,6 +104,11 @@ class ServerEngine:
         """Addresses of the servers in rotation."""
         return tuple(info.url for info in self._pool.servers)
 
+    @property
+    def router_process_id(self) -> int:
+        """Of the router that this engine started."""
+        return self._pool.router.process_id
+
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingParams) -> SGLangStream:
         """Begin to draw the samples of every request; see ``Sampler.generate``."""
         if self._version is None:

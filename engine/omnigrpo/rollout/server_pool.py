@@ -1,6 +1,7 @@
 """Which servers are in rotation, and why the others are not; for one event loop."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 
 from omnigrpo.model.config import DecoderConfig
@@ -59,14 +60,19 @@ class ServerPool:
             "its last checkpoint with --resume"
         )
 
-    async def check(self, version: str | None) -> None:
-        """Give up the servers that do not answer or hold other weights; RolloutError when none is left."""
+    async def check(self, version: str) -> None:
+        """Give up the servers that do not answer or hold other weights; RolloutError when none is left.
+
+        A router that has ended is started again.
+        """
         async with self._changing:
             urls = list(self._alive)
             answers = await asyncio.gather(*(self._problem(url, version) for url in urls))
             for url, problem in zip(urls, answers, strict=True):
                 if problem is not None:
                     await self._take_out(url, problem)
+            if self._alive:
+                await self._revive_router()
         if not self._alive:
             raise self.error()
 
@@ -96,6 +102,7 @@ class ServerPool:
     async def put_back(self, infos: Sequence[ServerInfo]) -> None:
         """Into rotation with these."""
         async with self._changing:
+            await self._revive_router()
             for info in infos:
                 await self.router.add(info.url)
                 self._alive[info.url] = info
@@ -110,7 +117,14 @@ class ServerPool:
     async def _take_out(self, url: str, reason: str) -> None:
         self._lost[url] = reason
         if self._alive.pop(url, None) is not None:
-            await self.router.remove(url)
+            with contextlib.suppress(ServerLostError):  # A router that is gone is started again without it.
+                await self.router.remove(url)
+
+    async def _revive_router(self) -> None:
+        if not self.router.is_running:
+            self.router.close()
+            self._router = RouterProcess(self._client, list(self._alive))
+            await self._router.wait_for(list(self._alive))
 
     async def _probe(self, urls: Sequence[str]) -> dict[str, ServerInfo | str]:
         async def one(url: str) -> ServerInfo | str:
@@ -127,12 +141,12 @@ class ServerPool:
 
         return dict(zip(urls, await asyncio.gather(*map(one, urls)), strict=True))
 
-    async def _problem(self, url: str, version: str | None) -> str | None:
+    async def _problem(self, url: str, version: str) -> str | None:
         try:
             found = await version_of(self._client, url, timeout_seconds=self._config.probe_timeout_seconds)
         except (RolloutError, ServerLostError) as error:
             return str(error)
-        if version is not None and found != version:
+        if found != version:
             return f"{url} holds weights of version {found}, not {version}: it was started anew"
         return None
 

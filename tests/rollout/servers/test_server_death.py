@@ -1,5 +1,6 @@
 """Servers that freeze or are killed: groups arrive exactly once, or an error says which servers are gone."""
 
+import os
 import signal
 import time
 
@@ -54,6 +55,17 @@ def test_a_server_that_freezes_before_new_weights_is_left_behind(make_engine, se
         frozen.signal(signal.SIGCONT)
     assert time.monotonic() - begun < 60
     engine.publish(policy.weights(), 2)
+    assert set(engine.servers) == {server.url for server in servers}
+
+
+def test_a_router_that_ended_is_started_again(make_engine, servers, policy):
+    engine = make_engine()
+    calls = sum(server.counters()[0] for server in servers)
+    stream = engine.generate(policy.requests(4), LONG)
+    while sum(server.counters()[0] for server in servers) == calls:
+        time.sleep(0.05)
+    os.kill(engine.router_process_id, signal.SIGKILL)
+    assert sorted(group.index for group in stream) == list(range(4))
     assert set(engine.servers) == {server.url for server in servers}
 
 

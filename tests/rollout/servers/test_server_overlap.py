@@ -5,7 +5,10 @@ from omnigrpo.rollout.config import RolloutConfig
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 
 
-def test_overlapped_steps_learn_from_tokens_that_are_one_update_old(make_engine, policy, builders):
+def test_overlapped_steps_learn_from_tokens_that_are_one_update_old(
+    make_engine, policy, builders, monkeypatch
+):
+    monkeypatch.setattr(builders.Words, "stop_token_ids", policy.encoder.stop_token_ids)
     engine = make_engine()
     trainer = builders.trainer(
         policy.model,

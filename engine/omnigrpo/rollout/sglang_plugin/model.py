@@ -111,7 +111,7 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
         return [self._prefill_calls, self._prefill_rows, self._encoder_calls]
 
     def _check_encoder(self, items) -> None:
-        self._encoder_calls += 1
+        self._encoder_calls += len(items)
         if not self._is_raw:
             raise RuntimeError(
                 f"{len(items)} media items came without their rows, but this engine was started for ready-made rows"
