@@ -11,7 +11,16 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --no-compile -c constraints.txt
 
-.PHONY: help setup demo test lint format bench clean
+SGLANG_VENV := .venv-sglang
+SGLANG_BIN := $(SGLANG_VENV)/bin
+SGLANG_STAMP := $(SGLANG_VENV)/.stamp
+SGLANG := $(shell sed -n '/^sglang==/p' constraints-sglang.txt)
+SGLANG_PYTHON ?= python3.11
+SGLANG_INSTALL := $(SGLANG_BIN)/python -m pip --disable-pip-version-check install -qq -c constraints-sglang.txt
+DEMO_STAMP := $(if $(filter sglang,$(ROLLOUT)),$(SGLANG_STAMP),$(STAMP))
+DEMO_BIN := $(if $(filter sglang,$(ROLLOUT)),$(SGLANG_BIN),$(BIN))
+
+.PHONY: help setup sglang demo test lint format bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -33,11 +42,25 @@ $(DALI_STAMP): $(STAMP)
 	@$(INSTALL) $(DALI)
 	@touch $@
 
-demo: $(STAMP) ## Train, evaluate and report on generated clips (SEED=..., OUTPUT=DIR)
-	$(BIN)/omnigrpo demo $(if $(SEED),--seed $(SEED)) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROLLOUT),--rollout $(ROLLOUT))
+sglang: $(SGLANG_STAMP) ## Create .venv-sglang with SGLang and its torch (about 2 minutes, 9 GB)
 
-test: $(DALI_STAMP) ## Run the tests, those of DALI's operators for the CPU included
+# It finds the extension that the first environment built beside the sources; what omnigrpo needs beyond SGLang follows
+# it here.
+$(SGLANG_STAMP): $(STAMP) constraints-sglang.txt
+	@$(SGLANG_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "$(SGLANG) is pinned for Python 3.11: name one with make SGLANG_PYTHON=..." >&2; exit 1; }
+	@echo "Creating $(SGLANG_VENV), installing $(SGLANG) ..."
+	@test -x $(SGLANG_BIN)/python || $(SGLANG_PYTHON) -m venv $(SGLANG_VENV)
+	@$(SGLANG_INSTALL) $(SGLANG) sglang-router av matplotlib nvtx pytest setuptools tomli-w wheel
+	@OMNIGRPO_WITHOUT_EXTENSION=1 $(SGLANG_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(DEMO_STAMP) ## Train, evaluate and report on generated clips (SEED=..., OUTPUT=DIR, ROLLOUT=sglang)
+	$(DEMO_BIN)/omnigrpo demo $(if $(SEED),--seed $(SEED)) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROLLOUT),--rollout $(ROLLOUT))
+
+test: $(DALI_STAMP) $(SGLANG_STAMP) ## Run the tests, those of DALI's operators for the CPU and of SGLang included
 	OMNIGRPO_REQUIRE_DALI=1 $(BIN)/python -m pytest -q
+	OMNIGRPO_REQUIRE_SGLANG=1 $(SGLANG_BIN)/python -m pytest -q tests/rollout/sglang tests/rollout/servers
 
 lint: $(DALI_STAMP) ## Check lint, format and types
 	$(BIN)/ruff check .
@@ -55,5 +78,5 @@ bench: $(STAMP) ## Run every benchmark of benchmarks/
 
 clean: ## Remove what is built or generated, .venv and runs/ excepted
 	rm -rf build dist .pytest_cache .ruff_cache engine/*.egg-info kernels/*.egg-info *.egg-info
-	rm -f kernels/omnigrpo_kernels/_C*.so $(STAMP) $(DALI_STAMP)
+	rm -f kernels/omnigrpo_kernels/_C*.so $(STAMP) $(DALI_STAMP) $(SGLANG_STAMP)
 	find engine kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

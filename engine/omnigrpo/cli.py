@@ -34,7 +34,9 @@ ResumeOption = Annotated[
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seeds data, weights, order and sampling.")] = 0,
-    rollout: Annotated[str, typer.Option(help="Rollout engine (rollout.engine).")] = "native",
+    rollout: Annotated[
+        str, typer.Option(help="Rollout engine (rollout.engine): native or sglang.")
+    ] = "native",
 ) -> None:
     """Render clips, train a tiny model on them (cold start, then GRPO), evaluate, and write a report."""
     from omnigrpo.demo import DemoConfig, run_demo
@@ -239,11 +241,20 @@ def main() -> None:
     debug = bool(os.environ.get("OMNIGRPO_TRACEBACK"))
     try:
         app()
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        if debug:
+    except (ValueError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
+        if debug or not _is_explained(error):
             raise
         print(f"error: {error}\n(OMNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_explained(error: Exception) -> bool:
+    """Whether its message is for users; of the RuntimeErrors only the rollout's own are."""
+    if not isinstance(error, RuntimeError):
+        return True
+    from omnigrpo.rollout.interface import RolloutError
+
+    return isinstance(error, RolloutError)
 
 
 def _short(model: Path | None, data: Path | None, output: Path | None, steps: int | None) -> list[str]:

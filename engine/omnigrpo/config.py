@@ -146,6 +146,8 @@ _MAY_CHANGE = (
     "media.decoder",
     "data.evaluate",
     "model.device",
+    "rollout.server",
+    "rollout.sglang",
     "run.output",
     "run.steps",
     "run.save_every",

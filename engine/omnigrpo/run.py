@@ -26,7 +26,8 @@ from omnigrpo.model.prompting import PromptEncoder
 from omnigrpo.prefix_source import PrefixSource
 from omnigrpo.progress import counting
 from omnigrpo.reward.composition import RewardSet
-from omnigrpo.rollout.native_engine import NativeEngine
+from omnigrpo.rollout.build import build_engine
+from omnigrpo.rollout.interface import RolloutEngine
 from omnigrpo.runtime.checkpoint import CheckpointWriter, latest_checkpoint, load_state, model_directory
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
@@ -50,6 +51,8 @@ EVALUATION_BATCH = 64
 class Parts:
     """What every kind of run needs, built once."""
 
+    directory: Path
+    """Whence the model was loaded."""
     loaded: LoadedModel
     prompt_encoder: PromptEncoder
     source: PrefixSource
@@ -90,7 +93,7 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
             fresh = checkpoint is None and start == config.model.path
             reference = reference_copy(policy if fresh else _load(config, start).model)
         optimizer = _optimizer(config, parts, total_steps=config.run.steps * config.trainer.iterations)
-        rollout = NativeEngine(policy, config.rollout.native, spans=parts.spans)
+        rollout = _build_rollout(config, parts)
         sampler = GroupSampler(
             policy=policy,
             prompts=_stream(config, prompts),
@@ -129,9 +132,9 @@ def run_evaluation(
             "data.evaluate names no split: give one, e.g. data.evaluate={heldout='heldout.json'}"
         )
     splits = {name: _read(config, path) for name, path in config.data.evaluate.items()}
-    with open_parts(config, None) as parts:
+    with open_parts(config, None) as parts, closing(_build_rollout(config, parts)) as engine:
         reports = {
-            split: _evaluate_split(config, parts, prompts, stage=stage, split=split, pairs=pairs)
+            split: _evaluate_split(config, parts, engine, prompts, stage=stage, split=split, pairs=pairs)
             for split, prompts in splits.items()
         }
     if output is not None:
@@ -145,6 +148,7 @@ def run_evaluation(
 def _evaluate_split(
     config: RunConfig,
     parts: Parts,
+    engine: RolloutEngine,
     prompts: tuple[Prompt, ...],
     *,
     stage: str,
@@ -152,7 +156,6 @@ def _evaluate_split(
     pairs: tuple[tuple[str, str], ...],
 ) -> EvaluationReport:
     dropped: list[DroppedPrompt] = []
-    engine = NativeEngine(parts.loaded.model, config.rollout.native, spans=parts.spans)
     with counting(f"evaluate {split}") as show:
         return evaluate(
             engine,
@@ -166,6 +169,20 @@ def _evaluate_split(
             batch_size=EVALUATION_BATCH,
             on_batch=lambda done: show(done, len(prompts)),
         )
+
+
+def _build_rollout(config: RunConfig, parts: Parts) -> RolloutEngine:
+    return build_engine(
+        config.rollout.engine,
+        policy=parts.loaded.model,
+        directory=parts.directory,
+        native=config.rollout.native,
+        sglang=config.rollout.sglang,
+        servers=config.rollout.servers,
+        server=config.rollout.server,
+        media=config.media,
+        spans=parts.spans,
+    )
 
 
 def _read(config: RunConfig, path: Path) -> tuple[Prompt, ...]:
@@ -211,7 +228,8 @@ def open_parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     random.seed(config.run.seed)
-    loaded = _load(config, config.model.path if checkpoint is None else model_directory(checkpoint))
+    directory = config.model.path if checkpoint is None else model_directory(checkpoint)
+    loaded = _load(config, directory)
     loaded.model.configure_bert(trainable=config.model.train_bert)
     loaded.model.decoder.checkpoint_activations = config.model.checkpoint_activations
     encoder = PromptEncoder(loaded.tokenizer, loaded.gate_tokenizer, loaded.model.config, config.prompt)
@@ -224,7 +242,14 @@ def open_parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
         spans=spans,
     )
     try:
-        yield Parts(loaded=loaded, prompt_encoder=encoder, source=source, spans=spans, world=world)
+        yield Parts(
+            directory=directory,
+            loaded=loaded,
+            prompt_encoder=encoder,
+            source=source,
+            spans=spans,
+            world=world,
+        )
     finally:
         source.close()
         world.close()

@@ -1,19 +1,21 @@
 """How completions are sampled."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from omnigrpo.rollout.build import EngineName
 from omnigrpo.rollout.interface import SamplingParams
 from omnigrpo.rollout.native_engine import NativeEngineConfig
 from omnigrpo.rollout.server_config import ServerConfig, check_servers
+from omnigrpo.rollout.sglang_config import SGLangConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
     """Which engine samples, what, and how far ahead of the update."""
 
-    engine: Literal["native", "servers"] = "native"
-    """native samples in this process; servers on the SGLang servers of ``servers``, over HTTP."""
+    engine: EngineName = "native"
+    """native samples in this process; sglang in processes that this one starts; servers on the SGLang servers of
+    ``servers``, over HTTP."""
     servers: tuple[str, ...] = ()
     """Addresses of SGLang servers, e.g. ``["http://10.0.0.1:30000"]``, for the engine of that name."""
     samples: int = 8
@@ -37,6 +39,8 @@ class RolloutConfig:
     """Give the engine's device memory to the update and take it back before the next weights."""
     native: NativeEngineConfig = field(default_factory=NativeEngineConfig)
     """Memory budgets of the native engine."""
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
+    """Processes and limits of SGLang."""
     server: ServerConfig = field(default_factory=ServerConfig)
     """What servers are sent, and how long they are waited for."""
 

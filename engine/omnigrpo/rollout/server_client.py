@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false
+# aiohttp comes with the extra "servers".
 """HTTP to SGLang servers and their router, for one event loop."""
 
 import asyncio

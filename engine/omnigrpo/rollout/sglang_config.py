@@ -21,9 +21,11 @@ class SGLangConfig:
     mem_fraction: float = 0.5
     """Share of the device's memory for weights and KV cache (``mem_fraction_static``)."""
     max_total_tokens: int | None = None
-    """Rows of the KV cache; None lets SGLang fill ``mem_fraction``. On a CPU give a number: it is allocated at once."""
+    """Rows of the KV cache; None lets SGLang fill ``mem_fraction`` on CUDA, and is 65536 on a CPU."""
     tensor_parallel: int = 1
     """Devices that one copy of the decoder is split over."""
+    threads: int | None = None
+    """CPU threads of each of its processes; None leaves the number to torch, which takes every core."""
     memory_saver: bool = False
     """Let ``release_memory`` free weights and KV cache (CUDA, torch_memory_saver); weights wait on the host."""
     bucket_bytes: int = 512 << 20
@@ -44,7 +46,7 @@ class SGLangConfig:
         for name in ("tensor_parallel", "bucket_bytes", "shared_memory_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sglang.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("context_length", "max_total_tokens"):
+        for name in ("context_length", "max_total_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"sglang.{name} must be at least 1, or absent for the default, got {value}")

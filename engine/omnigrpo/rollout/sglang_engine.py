@@ -47,6 +47,8 @@ _ROWS_KEPT_BACK = 3
 """Rows of context and cache that SGLang gives to nobody; beyond them it would shorten a completion in silence."""
 _INPUT_KEPT_BACK = 6
 """The same for a prompt alone."""
+_CPU_ROWS = 1 << 16
+"""Of a KV cache whose size nobody gave; a share of the memory would be allocated at once."""
 
 
 class SGLangEngine:
@@ -80,7 +82,7 @@ class SGLangEngine:
         self._buckets = WeightBuckets(self._decoder, self._dtype, self._config.bucket_bytes)
         self._host = SGLangHost(
             _server_arguments(directory, self._config, self._context, device, self._dtype),
-            _environment(device),
+            _environment(device, self._config),
             start_timeout_seconds=self._config.start_timeout_seconds,
         )
         self._admission = Admission(
@@ -359,7 +361,7 @@ def _server_arguments(
         "dtype": str(dtype).removeprefix("torch."),
         "context_length": context,
         "mem_fraction_static": config.mem_fraction,
-        "max_total_tokens": config.max_total_tokens,
+        "max_total_tokens": config.max_total_tokens or (_CPU_ROWS if device == "cpu" else None),
         "tp_size": config.tensor_parallel,
         "sampling_backend": "pytorch" if device == "cpu" else None,
         "grammar_backend": "none",
@@ -375,11 +377,12 @@ def _server_arguments(
     return arguments
 
 
-def _environment(device: str) -> dict[str, str]:
+def _environment(device: str, config: SGLangConfig) -> dict[str, str]:
     """Variables of SGLang's processes: its cache of tower outputs has no part here."""
     if device == "cpu" and torch.cuda.is_available():
         raise ValueError(
             "the rollout is to run on the CPU, but SGLang takes every CUDA device that torch sees: start this program "
             "with CUDA_VISIBLE_DEVICES= (empty), or set model.device=cuda"
         )
-    return {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
+    threads = {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
+    return {"SGLANG_VLM_CACHE_SIZE_MB": "0"} | threads

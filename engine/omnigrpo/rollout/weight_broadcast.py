@@ -17,7 +17,11 @@ from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage] - documented there
+    ProcessGroupGloo,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch.distributed.distributed_c10d import BroadcastOptions
 
 from omnigrpo.rollout.interface import RolloutError
@@ -51,7 +55,8 @@ class WeightGroup:
         self._address = address or address_towards([server.url for server in servers])
         self._timeout = timeout_seconds
         self._name = f"omnigrpo-weights-{os.getpid()}-{next(_names)}"
-        self._group: ProcessGroupGloo | torch.distributed.ProcessGroupNCCL | None = None
+        self._group: Any = None
+        """A ProcessGroupGloo or ProcessGroupNCCL, whose stubs lack the collectives."""
         self._store = TCPStore(
             "0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds)
         )
@@ -138,7 +143,7 @@ class WeightGroup:
             self._group = ProcessGroupGloo(PrefixStore("cpu/", named), 0, size, timeout=timeout)
             return
         torch.cuda.set_device(self._device)
-        options = torch.distributed.ProcessGroupNCCL.Options()
+        options: Any = torch.distributed.ProcessGroupNCCL.Options()
         options._timeout = timeout
         options.global_ranks_in_group = []
         options.group_name = self._name

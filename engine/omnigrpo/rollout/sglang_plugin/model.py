@@ -28,6 +28,10 @@ from omnigrpo.rollout.sglang_plugin.names import (
 )
 
 
+class MisfitError(ValueError):
+    """Weights that the model lacks, or of other shapes; none of their bucket was copied."""
+
+
 class HumanOmniQwen2ForCausalLM(nn.Module):
     """The decoder, under the checkpoint's names; media rows come with the request, or are made of its clip here."""
 
@@ -83,7 +87,7 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights by their names in the checkpoint; for ready-made rows only the decoder's.
 
-        Nothing is copied when one of them does not fit. Raises ValueError for a name or shape that the model lacks.
+        Nothing is copied when one of them does not fit. Raises MisfitError for a name or shape that the model lacks.
         """
         named = list(weights)
         decoder = [(name, tensor) for name, tensor in named if part_of(name) == "llm"]
@@ -91,7 +95,7 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
         problems = [problem for name, tensor in decoder if (problem := self._problem(name, tensor))]
         problems += [p for name, tensor in others if (p := self.media_encoder.problem(name, tensor))]
         if problems:
-            raise ValueError("weights do not fit HumanOmni: " + "; ".join(problems))
+            raise MisfitError("weights do not fit HumanOmni: " + "; ".join(problems))
         self.language_model.load_weights(decoder)
         if others:
             self.media_encoder.load(others)

@@ -2,15 +2,20 @@
 # SGLang lives in an environment of its own (make sglang).
 """Entry point of the group ``sglang.srt.plugins``: SGLang calls ``register`` in each of its processes."""
 
+from collections.abc import Callable
+
 from sglang.srt.configs import model_config
 from sglang.srt.managers.multimodal_processor import PROCESSOR_MAPPING
 from sglang.srt.models.registry import ModelRegistry
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from transformers import AutoConfig
 
 from omnigrpo.rollout.sglang_plugin.checkpoint_config import HumanOmniCheckpointConfig
-from omnigrpo.rollout.sglang_plugin.model import HumanOmniQwen2ForCausalLM
+from omnigrpo.rollout.sglang_plugin.model import HumanOmniQwen2ForCausalLM, MisfitError
 from omnigrpo.rollout.sglang_plugin.names import ARCHITECTURE
 from omnigrpo.rollout.sglang_plugin.processor import HumanOmniProcessor
+
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
 
 def register() -> None:
@@ -20,3 +25,14 @@ def register() -> None:
     PROCESSOR_MAPPING[HumanOmniQwen2ForCausalLM] = HumanOmniProcessor
     if ARCHITECTURE not in model_config.multimodal_model_archs:
         model_config.multimodal_model_archs.append(ARCHITECTURE)
+    HookRegistry.register(f"{_UPDATER}.update_weights_from_tensor", _refuse_misfits, HookType.AROUND)
+
+
+def _refuse_misfits(
+    update: Callable[..., tuple[bool, str]], *given: object, **named: object
+) -> tuple[bool, str]:
+    """Answer that weights do not fit, where SGLang's scheduler would end itself and its parent."""
+    try:
+        return update(*given, **named)
+    except MisfitError as error:
+        return False, str(error)
