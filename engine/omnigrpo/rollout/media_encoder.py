@@ -72,7 +72,7 @@ class MediaEncoder(nn.Module):
 
     def _encoded(self, key: str, given: Tensor, tower: Callable[[Tensor], Tensor]) -> Tensor:
         """On the weights' device."""
-        device = self.bert_gate[0].weight.device
+        device = next(self.parameters()).device
         kept = self._features.find(key)
         if kept is None:
             self.tower_passes += 1

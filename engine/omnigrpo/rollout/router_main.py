@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false
+# sglang-router comes with the extra "servers".
 """The router's process: ``python -m omnigrpo.rollout.router_main``, its settings as JSON in the first line of stdin.
 
 It ends with the process that started it: the kernel kills it then (Linux), for the router's loop lets no other Python

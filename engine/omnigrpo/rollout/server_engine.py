@@ -167,7 +167,7 @@ class ServerEngine:
                 "samples are under way: read the stream to its end, or close it, before release_memory"
             )
         if not self._released:
-            self._command("flush_cache", {})
+            self._command(self._publisher.idle_command, {})
             self._command("release_memory_occupation", {})
             self._released = True
 
@@ -189,6 +189,7 @@ class ServerEngine:
         decoder = self._model.decoder
         self._pool = ServerPool(self._client, servers, decoder, self._config)
         self._publisher = WeightPublisher(self._client, self._pool, self._config)
+        self._watching = asyncio.Lock()  # A look draws a token, which must not meet new weights.
         self._admission = Admission(Need(rows=self._config.max_samples, media_bytes=0))
         await self._pool.open()
         infos = self._pool.servers
@@ -213,8 +214,9 @@ class ServerEngine:
         failures: dict[str, int] = {}
         while True:
             await asyncio.sleep(self._config.watch_seconds)
-            if self._under_way and not self._paused:
-                await self._pool.watch(failures)
+            async with self._watching:
+                if self._under_way and not self._paused:
+                    await self._pool.watch(failures)
 
     async def _group(self, request: GroupRequest, sampling: SamplingParams) -> tuple[Completion, ...]:
         """Draw what is missing of one group, on another server when its own is lost."""
@@ -298,7 +300,7 @@ class ServerEngine:
             hung.cancel()
 
     async def _publish(self, chosen: Sequence[tuple[str, Tensor]], version: int) -> None:
-        async with self._admission.alone():
+        async with self._admission.alone(), self._watching:
             buckets = [self._buckets.cast(bucket) for bucket in self._buckets.plan(chosen)]
             await self._publisher.publish(buckets, version)
             self._version = version

@@ -1,5 +1,6 @@
 """Brings all servers of a pool to one version of the weights; those that cannot follow leave the rotation."""
 
+import asyncio
 from collections.abc import Sequence
 
 from omnigrpo.rollout.interface import RolloutError
@@ -16,6 +17,14 @@ class WeightPublisher:
     def __init__(self, client: ServerClient, pool: ServerPool, config: ServerConfig) -> None:
         self._client, self._pool, self._config = client, pool, config
         self._group: WeightGroup | None = None
+
+    @property
+    def idle_command(self) -> str:
+        """Wait until nothing is under way, what was aborted included, and forget the prefixes.
+
+        With a request under way, new weights and the release of memory would end SGLang's scheduler: it asserts.
+        """
+        return f"flush_cache?timeout={self._config.update_timeout_seconds}"
 
     async def publish(self, buckets: Sequence[Bucket], version: int) -> None:
         """Send them to every server that answers, those included that had left the rotation.
@@ -57,6 +66,8 @@ class WeightPublisher:
     async def _attempt(
         self, targets: Sequence[ServerInfo], buckets: Sequence[Bucket], version: int
     ) -> Problems:
+        if problems := await self._each(targets, self.idle_command, {}):
+            return problems
         if not buckets:
             return await self._each(targets, "update_weight_version", {"new_version": str(version)})
         if self._group is None or {s.url for s in self._group.servers} != {s.url for s in targets}:
@@ -82,15 +93,17 @@ class WeightPublisher:
     async def _each(
         self, targets: Sequence[ServerInfo], command: str, content: dict[str, object]
     ) -> Problems:
-        problems: Problems = {}
-        for info in targets:
+        async def one(info: ServerInfo) -> RolloutError | ServerLostError | None:
             try:
                 await self._client.post(
                     f"{info.url}/{command}", content, timeout_seconds=self._config.update_timeout_seconds
                 )
             except (RolloutError, ServerLostError) as error:
-                problems[info.url] = error
-        return problems
+                return error
+            return None
+
+        found = await asyncio.gather(*map(one, targets))
+        return {info.url: error for info, error in zip(targets, found, strict=True) if error is not None}
 
     async def _drop_group(self) -> None:
         group, self._group = self._group, None
