@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"omnigrpo_kernels", "schema"},
     "data": {"media", "schema"},
     "reward": {"schema"},
-    "rollout": {"model", "runtime", "schema"},
+    "rollout": {"media", "model", "runtime", "schema"},
     "evaluate": {"reward", "rollout", "schema"},
     "feature_source": {"media", "model", "runtime", "schema"},
     "prefix_source": {"feature_source", "media", "metrics", "model", "runtime", "schema"},

@@ -113,7 +113,7 @@ def media_of(prefix: Prefix, *, dtype: torch.dtype, keys: MediaKeys, version: in
             "format": "processor_output",
             "modality": modality,
             "precomputed_embeddings": rows_MD,
-            "offsets": _runs(places.tolist()),
+            "offsets": runs_of(places.tolist()),
             "hash": keys.key(rows_MD, modality, version),
         }
         media[name] = [item]
@@ -189,7 +189,7 @@ def check_sharing(request: GroupRequest, sample: int, generated: Generated) -> N
         )
 
 
-def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+def runs_of(places: Sequence[int]) -> list[tuple[int, int]]:
     """First and last place of every stretch of neighbours."""
     steps = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
     runs = [[place for _, place in run] for _, run in steps]

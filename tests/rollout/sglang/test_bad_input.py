@@ -29,13 +29,14 @@ def test_the_longest_completion_that_fits_is_not_shortened(rig):
 
 def test_embeddings_of_another_width(rig):
     prefix = rig.prefix("narrow")
-    with pytest.raises(ValueError, match=r"shape \(138, 64\) for 138 rows; expected \[P, 128\]"):
+    with pytest.raises(ValueError, match=r"shape \(\d+, 64\) for \d+ rows; expected \[P, 128\]"):
         rig.engine.generate([group(changed(prefix, prefix.embeddings_PD[:, :64]))], rig.sampling())
 
 
 def test_fewer_embeddings_than_rows(rig):
     prefix = rig.prefix("few")
-    with pytest.raises(ValueError, match=r"shape \(137, 128\) for 138 rows"):
+    rows = len(prefix.embeddings_PD)
+    with pytest.raises(ValueError, match=rf"shape \({rows - 1}, 128\) for {rows} rows"):
         rig.engine.generate([group(changed(prefix, prefix.embeddings_PD[1:]))], rig.sampling())
 
 
