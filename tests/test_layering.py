@@ -52,7 +52,9 @@ ALLOWED: dict[str, set[str]] = {
     "probe_towers": {"data", "media", "model", "schema"},
     "demo": {"config", "data", "evaluate", "metrics", "model", "progress", "report", "run"},
     "__main__": {"cli"},
-    "cli": {"config", "data", "demo", "encode_dataset", "info", "media", "probe", "progress", "report", "run"},
+    "cli": {
+        "config", "data", "demo", "encode_dataset", "info", "media", "probe", "progress", "report", "rollout", "run",
+    },
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""
 

@@ -53,7 +53,8 @@ class Server:
             f"{self.url}{path}", data=body, headers={"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.load(answer)
+            text = answer.read().decode()
+        return json.loads(text) if text.startswith(("{", "[")) else text
 
     @property
     def encoder_calls(self) -> int:
