@@ -60,19 +60,19 @@ def test_rows_that_do_not_fit_are_refused(changed, message):
 def test_a_clip_goes_as_its_path_or_its_bytes(prefix):
     path = prefix.inputs.prompt.clip.path
     (entry,) = media(prefix)["video_data"]
-    assert entry["source"] == {"path": str(path)}
+    assert entry["path"] == str(path)
     assert entry["start_seconds"] == 1.0
-    first, last = entry["items"]["video"]["offsets"][0]
+    first, last = entry["offsets"][0]
     assert bool((prefix.inputs.token_ids_P[first : last + 1] < 0).all())
     (entry,) = media(prefix, "bytes")["video_data"]
-    assert base64.b64decode(entry["source"]["data"]) == b"content"
+    assert base64.b64decode(entry["base64"]) == b"content"
     json.dumps(entry)
 
 
 def test_hashes_tell_clips_questions_and_versions_apart(prefix, tmp_path):
     def hashes(changed, version=0, mode="path"):
-        (entry,) = media(changed, mode, version=version)["video_data"]
-        return entry["items"]["video"]["hash"], entry["items"]["audio"]["hash"]
+        entries = media(changed, mode, version=version)
+        return entries["video_data"][0]["hash"], entries["audio_data"][0]["hash"]
 
     question = replace(prefix, inputs=replace(prefix.inputs, question_ids=torch.tensor([5])))
     (tmp_path / "b.mp4").write_bytes(b"content")

@@ -45,9 +45,9 @@ from omnigrpo.schema import Completion
 
 T = TypeVar("T")
 
-_ROWS_KEPT_BACK = 3
+_ROWS_KEPT_BACK = 2
 """Rows of context and cache that SGLang gives to nobody; beyond them it would shorten a completion in silence."""
-_INPUT_KEPT_BACK = 6
+_INPUT_KEPT_BACK = 7
 """The same for a prompt alone."""
 
 
