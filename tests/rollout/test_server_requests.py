@@ -13,13 +13,13 @@ from omnigrpo.rollout.config import RolloutConfig
 from omnigrpo.rollout.interface import RolloutError
 from omnigrpo.rollout.rows_text import rows_from_text, rows_to_text
 from omnigrpo.rollout.serve import ServeConfig, serve_command, shown
-from omnigrpo.rollout.server_config import ServerConfig
+from omnigrpo.rollout.server_config import ServerConfig, ServerMedia
 from omnigrpo.rollout.server_requests import MediaSender
 from omnigrpo.rollout.sglang_requests import MediaKeys
 from omnigrpo.schema import Clip, Prefix
 
 
-def media(prefix, mode="path", *, keys=None, version=0):
+def media(prefix, mode: ServerMedia = "path", *, keys=None, version=0):
     sender = MediaSender(mode=mode, recipe=MediaConfig(), keys=keys or MediaKeys())
     return asyncio.run(sender.media(prefix, dtype=torch.float32, version=version))
 

@@ -30,7 +30,7 @@ from omnigrpo.schema import Completion, Prefix, PrefixInputs, SharedPrefixLayout
 from omnigrpo.trainer import trained_weights
 from omnigrpo_kernels.linear_logprob import linear_logprob
 
-_START_SECONDS = 240.0
+_START_SECONDS = 480.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,16 @@ def load_policy(root: Path, dtype: torch.dtype = torch.float32) -> Policy:
 def start_servers(directory: Path, logs: Path, *, count: int, **settings) -> tuple[Server, ...]:
     """Start them together, and wait until all answer."""
     started = tuple(_start(directory, logs, **settings) for _ in range(count))
+    try:
+        _wait_for(started)
+    except BaseException:
+        for server in started:
+            server.end()
+        raise
+    return started
+
+
+def _wait_for(started: tuple[Server, ...]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     waiting = list(started)
     while waiting:
@@ -164,7 +174,6 @@ def start_servers(directory: Path, logs: Path, *, count: int, **settings) -> tup
                 waiting.remove(server)
         assert time.monotonic() < deadline, waiting[0].log.read_text()[-3000:]
         time.sleep(0.2)
-    return started
 
 
 def _start(directory: Path, logs: Path, **settings) -> Server:
