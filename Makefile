@@ -51,7 +51,7 @@ $(SGLANG_STAMP): $(STAMP) constraints-sglang.txt
 	  { echo "$(SGLANG) is pinned for Python 3.11: name one with make SGLANG_PYTHON=..." >&2; exit 1; }
 	@echo "Creating $(SGLANG_VENV), installing $(SGLANG) ..."
 	@test -x $(SGLANG_BIN)/python || $(SGLANG_PYTHON) -m venv $(SGLANG_VENV)
-	@$(SGLANG_INSTALL) $(SGLANG) av matplotlib nvtx pytest setuptools tomli-w wheel
+	@$(SGLANG_INSTALL) $(SGLANG) sglang-router av matplotlib nvtx pytest setuptools tomli-w wheel
 	@OMNIGRPO_WITHOUT_EXTENSION=1 $(SGLANG_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -60,7 +60,7 @@ demo: $(DEMO_STAMP) ## Train, evaluate and report on generated clips (SEED=..., 
 
 test: $(DALI_STAMP) $(SGLANG_STAMP) ## Run the tests, those of DALI's operators for the CPU and of SGLang included
 	OMNIGRPO_REQUIRE_DALI=1 $(BIN)/python -m pytest -q
-	OMNIGRPO_REQUIRE_SGLANG=1 $(SGLANG_BIN)/python -m pytest -q tests/rollout/sglang
+	OMNIGRPO_REQUIRE_SGLANG=1 $(SGLANG_BIN)/python -m pytest -q tests/rollout/sglang tests/rollout/servers
 
 lint: $(DALI_STAMP) ## Check lint, format and types
 	$(BIN)/ruff check .

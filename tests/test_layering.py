@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"omnigrpo_kernels", "schema"},
     "data": {"media", "schema"},
     "reward": {"schema"},
-    "rollout": {"model", "omnigrpo_kernels", "runtime", "schema"},
+    "rollout": {"feature_source", "media", "model", "omnigrpo_kernels", "runtime", "schema"},
     "evaluate": {"reward", "rollout", "schema"},
     "feature_source": {"media", "model", "runtime", "schema"},
     "prefix_source": {"feature_source", "media", "metrics", "model", "runtime", "schema"},
@@ -54,7 +54,9 @@ ALLOWED: dict[str, set[str]] = {
     "probe_towers": {"data", "media", "model", "schema"},
     "demo": {"config", "data", "evaluate", "metrics", "model", "progress", "report", "run"},
     "__main__": {"cli"},
-    "cli": {"config", "data", "demo", "encode_dataset", "info", "media", "probe", "progress", "report", "run"},
+    "cli": {
+        "config", "data", "demo", "encode_dataset", "info", "media", "probe", "progress", "report", "rollout", "run",
+    },
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""
 

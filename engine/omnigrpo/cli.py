@@ -185,6 +185,41 @@ def probe(
         raise typer.Exit(1)
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[Path, typer.Option("--model", help="Checkpoint directory that the run starts from.")],
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 30000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    media: Annotated[
+        str, typer.Option(help="raw: takes clips, holds the towers. precomputed: takes ready-made rows.")
+    ] = "raw",
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is the checkpoint's.")] = "auto",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices per copy of the decoder.")] = 1,
+    max_total_tokens: Annotated[int | None, typer.Option(min=1, help="Rows of the KV cache.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command instead.")] = False,
+) -> None:
+    """Start an SGLang server for rollout.engine=servers; what follows goes to sglang.launch_server as it is."""
+    from omnigrpo.rollout import serve as servers
+
+    settings = servers.ServeConfig(
+        model=model,
+        port=port,
+        host=host,
+        media=media,
+        device=device,
+        dtype=dtype,
+        tensor_parallel=tensor_parallel,
+        max_total_tokens=max_total_tokens,
+        more=tuple(context.args),
+    )
+    if dry_run:
+        typer.echo(servers.shown(*servers.serve_command(settings)))
+    else:
+        servers.serve(settings)
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write RUN/report.html: one self-contained page."""

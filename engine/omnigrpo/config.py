@@ -146,6 +146,7 @@ _MAY_CHANGE = (
     "media.decoder",
     "data.evaluate",
     "model.device",
+    "rollout.server",
     "rollout.sglang",
     "run.output",
     "run.steps",

@@ -173,7 +173,11 @@ def _evaluate_split(
 
 def _build_rollout(config: RunConfig, parts: Parts) -> RolloutEngine:
     return build_engine(
-        config.rollout, policy=parts.loaded.model, directory=parts.directory, spans=parts.spans
+        config.rollout,
+        policy=parts.loaded.model,
+        directory=parts.directory,
+        media=config.media,
+        spans=parts.spans,
     )
 
 

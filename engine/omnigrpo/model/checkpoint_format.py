@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from omnigrpo.model.config import HumanOmniConfig
 from omnigrpo.model.config_json import from_json, to_json
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.parts import PART_PREFIXES, TOWER_PARTS, part_of, unused_prefixes, used_tower_names
@@ -86,16 +87,8 @@ def load_model(
     Raises:
         CheckpointError: an absent file, a tensor missing, unexpected or of another shape (reported by part).
     """
-    config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} does not exist: give a checkpoint directory with {CONFIG_FILE} and {WEIGHTS_FILE}"
-            )
-    try:
-        config = from_json(json.loads(config_path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CheckpointError(f"{config_path}: {error}") from error
+    config, weights_path = read_config(directory), directory / WEIGHTS_FILE
+    _check_is_there(weights_path)
     with torch.device("meta"):
         model = HumanOmni(config)
     expected = model.state_dict()
@@ -118,6 +111,16 @@ def load_model(
         tokenizer=_load_tokenizer(directory),
         gate_tokenizer=_load_tokenizer(gate_tokenizer_directory or directory / GATE_TOKENIZER_DIRECTORY),
     )
+
+
+def read_config(directory: Path) -> HumanOmniConfig:
+    """Read a checkpoint's geometry; CheckpointError without a config.json, or for one of another architecture."""
+    path = directory / CONFIG_FILE
+    _check_is_there(path)
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def save_towers(model: HumanOmni, path: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -152,6 +155,13 @@ def towers_hash(model: HumanOmni) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _check_is_there(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist: give a checkpoint directory with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
 
 
 def _read(path: Path) -> dict[str, Tensor]:

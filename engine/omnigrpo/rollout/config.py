@@ -6,6 +6,7 @@ from typing import Literal
 
 from omnigrpo.rollout.interface import SamplingParams
 from omnigrpo.rollout.native_engine import NativeEngineConfig
+from omnigrpo.rollout.server_config import ServerConfig, check_servers
 from omnigrpo.rollout.sglang_config import SGLangConfig
 
 
@@ -13,7 +14,11 @@ from omnigrpo.rollout.sglang_config import SGLangConfig
 class RolloutConfig:
     """Which engine samples, what, and how far ahead of the update."""
 
-    engine: Literal["native", "sglang"] = "native"
+    engine: Literal["native", "sglang", "servers"] = "native"
+    """native samples in this process; sglang in processes that this one starts; servers on the SGLang servers of
+    ``servers``, over HTTP."""
+    servers: tuple[str, ...] = ()
+    """Addresses of SGLang servers, e.g. ``["http://10.0.0.1:30000"]``, for the engine of that name."""
     samples: int = 8
     """G, completions per prompt."""
     temperature: float = 1.0
@@ -36,6 +41,8 @@ class RolloutConfig:
     """Memory budgets of the native engine."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
     """Processes and limits of SGLang."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """What servers are sent, and how long they are waited for."""
 
     def __post_init__(self) -> None:
         """Reject a group without baseline, a temperature without log-probs, and modes that exclude each other."""
@@ -58,6 +65,12 @@ class RolloutConfig:
             raise ValueError(
                 "rollout.release_memory takes the engine's memory during the update, and rollout.overlap_update "
                 "samples then: choose one"
+            )
+        if self.engine == "servers":
+            check_servers(self.servers)
+        elif self.servers:
+            raise ValueError(
+                f"rollout.servers is given, but rollout.engine is {self.engine}: set it to servers, or leave them out"
             )
         self.sampling(stop_token_ids=())
 

@@ -16,3 +16,11 @@ def decoder_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[HEAD_NAME] = (config.vocab_size, config.width)
     return shapes
+
+
+def geometry_of(config: DecoderConfig) -> str:
+    """What makes two decoders' weights interchangeable."""
+    return (
+        f"vocab={config.vocab_size} width={config.width} layers={config.num_layers} heads={config.num_heads} "
+        f"kv_heads={config.num_kv_heads} ffn={config.ffn_width} tied={config.tie_word_embeddings}"
+    )

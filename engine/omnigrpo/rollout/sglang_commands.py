@@ -26,7 +26,7 @@ class ServerCounters:
     prefill_rows: int
     """Rows of those batches."""
     encoder_calls: int
-    """Times that a tower was asked for rows."""
+    """Media whose rows were asked of the towers, sound and pictures counted apart."""
 
 
 async def generate(manager: "TokenizerManager", call: GenerateCall) -> list[Generated]:

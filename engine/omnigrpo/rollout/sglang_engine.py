@@ -11,8 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from omnigrpo.model.checkpoint_format import CONFIG_FILE
-from omnigrpo.model.config_json import from_json
+from omnigrpo.model.checkpoint_format import read_config
 from omnigrpo.rollout import sglang_commands as commands
 from omnigrpo.rollout.admission import Admission, Need
 from omnigrpo.rollout.interface import (
@@ -43,9 +42,9 @@ from omnigrpo.schema import Completion
 T = TypeVar("T")
 
 _SHARED_MEMORY = Path("/dev/shm")
-_ROWS_KEPT_BACK = 3
+_ROWS_KEPT_BACK = 2
 """Rows of context and cache that SGLang gives to nobody; beyond them it would shorten a completion in silence."""
-_INPUT_KEPT_BACK = 6
+_INPUT_KEPT_BACK = 7
 """The same for a prompt alone."""
 _CPU_ROWS = 1 << 16
 """Of a KV cache whose size nobody gave; a share of the memory would be allocated at once."""
@@ -76,8 +75,7 @@ class SGLangEngine:
         check_installed()
         self._config = config or SGLangConfig()
         self._dtype = dtype if self._config.dtype == "policy" else getattr(torch, self._config.dtype)
-        text = (directory / CONFIG_FILE).read_text(encoding="utf-8")
-        self._decoder = from_json(json.loads(text)).decoder
+        self._decoder = read_config(directory).decoder
         self._context = self._config.context_length or self._decoder.max_positions
         self._buckets = WeightBuckets(self._decoder, self._dtype, self._config.bucket_bytes)
         self._host = SGLangHost(

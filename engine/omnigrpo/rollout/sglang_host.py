@@ -152,6 +152,8 @@ class SGLangHost:
             process.join(_END_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_END_SECONDS)
+        for owner in self.process_ids:  # Their libraries' semaphores too: a killed process removes nothing.
+            _remove_shared_memory(f"sgl_shm_*_{owner}_*", f"sem.loky-{owner}-*")
         if hasattr(self, "_engine"):
             self._remove_remains()
         if threading.current_thread() is threading.main_thread():
@@ -242,11 +244,7 @@ class SGLangHost:
         for name in names:
             if name.startswith("ipc://"):
                 Path(name.removeprefix("ipc://")).unlink(missing_ok=True)
-        for owner in (os.getpid(), *self.process_ids):
-            for segment in _SHARED_MEMORY.glob(f"sgl_shm_*_{owner}_*"):
-                segment.unlink(missing_ok=True)
-        for segment in _SHARED_MEMORY.glob(f"*{ports.instance_id}*"):
-            segment.unlink(missing_ok=True)
+        _remove_shared_memory(f"sgl_shm_*_{os.getpid()}_*", f"*{ports.instance_id}*")
 
 
 def check_installed() -> None:
@@ -258,6 +256,12 @@ def check_installed() -> None:
         raise ImportError(
             f"SGLang {found} is installed, but this engine uses internals of {SGLANG_VERSION}: {_INSTALL}"
         )
+
+
+def _remove_shared_memory(*patterns: str) -> None:
+    for pattern in patterns:
+        for segment in _SHARED_MEMORY.glob(pattern):
+            segment.unlink(missing_ok=True)
 
 
 def _children(process_ids: list[int]) -> tuple[BaseProcess, ...]:

@@ -94,7 +94,10 @@ class MediaKeys:
         """A hash of the rows, the modality and the weights' version."""
         digest = hashlib.blake2b(f"{modality} {version} {rows_MD.dtype} {tuple(rows_MD.shape)}".encode())
         digest.update(rows_MD.contiguous().view(torch.uint8).numpy().tobytes())
-        content = digest.digest()
+        return self.key_of(digest.digest())
+
+    def key_of(self, content: bytes) -> int:
+        """A hash of what has this digest of at least 8 bytes."""
         key = int.from_bytes(content[:8]) >> 2
         while self._owner.setdefault(key % (1 << _KEY_BITS), content) != content:
             key += 1
@@ -113,7 +116,7 @@ def media_of(prefix: Prefix, *, dtype: torch.dtype, keys: MediaKeys, version: in
             "format": "processor_output",
             "modality": modality,
             "precomputed_embeddings": rows_MD,
-            "offsets": _runs(places.tolist()),
+            "offsets": runs_of(places.tolist()),
             "hash": keys.key(rows_MD, modality, version),
         }
         media[name] = [item]
@@ -189,7 +192,7 @@ def check_sharing(request: GroupRequest, sample: int, generated: Generated) -> N
         )
 
 
-def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+def runs_of(places: Sequence[int]) -> list[tuple[int, int]]:
     """First and last place of every stretch of neighbours."""
     steps = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
     runs = [[place for _, place in run] for _, run in steps]

@@ -1,6 +1,6 @@
 """Which weights a rollout engine of another process is sent, and in which portions."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +16,23 @@ _SHOWN = 4
 class WeightBuckets:
     """Checks the decoder's weights and groups them."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, bucket_bytes: int) -> None:
-        self._shapes = decoder_shapes(config)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        *,
+        others: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """``others``: shapes, by name, of weights outside the decoder that are sent as well."""
+        self._others = dict(others or {})
+        self._shapes = decoder_shapes(config) | self._others
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
 
     def choose(self, weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-        """The decoder's among them, uncopied. Raises RolloutError for one that it lacks or whose shape is another."""
-        named = [(name, tensor) for name, tensor in weights if part_of(name) == "llm"]
+        """The engine's among them, uncopied. Raises RolloutError for one that it lacks or whose shape is another."""
+        named = [(name, tensor) for name, tensor in weights if part_of(name) == "llm" or name in self._others]
         problems = [problem for name, tensor in named if (problem := self._problem(name, tensor))]
         if problems:
             more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 from omnigrpo.group_sampler import embed
@@ -90,6 +91,14 @@ def group(prefix: Prefix, samples: int = 3, *begun: Completion | None) -> GroupR
     return GroupRequest(prefix=prefix, seeds=tuple(range(samples)), begun=begun)
 
 
+def assert_same(drawn: list[tuple[Completion, ...]], expected: list[tuple[Completion, ...]]) -> None:
+    """The same tokens and ends, and log-probs that differ by no more than rounding in other batches does."""
+    for ours, theirs in zip(drawn, expected, strict=True):
+        for sample, other in zip(ours, theirs, strict=True):
+            assert (sample.token_ids, sample.finish_reason) == (other.token_ids, other.finish_reason)
+            assert sample.logprobs == pytest.approx(other.logprobs, rel=0, abs=1e-4)
+
+
 @torch.no_grad()
 def policy_logprobs(
     policy: HumanOmni, prefix: Prefix, completion: Completion, temperature: float
@@ -106,10 +115,12 @@ def policy_logprobs(
 
 
 def open_rig(directory: Path, dtype: torch.dtype) -> Rig:
-    """Load the policy, start SGLang, and make both less uniform than a fresh model is."""
+    """Load the policy, start SGLang, and make both more lively than a fresh model, which repeats its last token."""
     loaded = load_model(directory, dtype=dtype)
     with torch.no_grad():
         loaded.model.head_weight_VD.mul_(2)
+        for parameter in loaded.model.decoder.layers.parameters():
+            parameter.mul_(4 if parameter.dim() == 2 else 1)
     encoder = PromptEncoder(loaded.tokenizer, loaded.gate_tokenizer, loaded.model.config, PromptTemplate())
     engine = SGLangEngine(directory, SETTINGS, device="cpu", dtype=dtype)
     rig = Rig(policy=loaded.model, encoder=encoder, engine=engine, directory=directory)

@@ -16,26 +16,30 @@ def changed(prefix: Prefix, rows: torch.Tensor) -> Prefix:
 
 
 def test_a_prompt_longer_than_the_context(rig):
-    with pytest.raises(
-        ValueError, match=r"138 rows, and with 884 new tokens it does not fit a context of 1024"
-    ):
-        rig.engine.generate([group(rig.prefix("long"))], rig.sampling(max_new_tokens=884))
+    prefix = rig.prefix("long")
+    rows, new = len(prefix.embeddings_PD), 1024 - len(prefix.embeddings_PD) - 1
+    message = rf"{rows} rows, and with {new} new tokens it does not fit a context of 1024"
+    with pytest.raises(ValueError, match=message):
+        rig.engine.generate([group(prefix)], rig.sampling(max_new_tokens=new))
 
 
 def test_the_longest_completion_that_fits_is_not_shortened(rig):
-    (samples,) = rig.draw([group(rig.prefix("long"), 2)], rig.sampling(max_new_tokens=883, stop_token_ids=()))
-    assert [len(sample.token_ids) for sample in samples] == [883, 883]
+    prefix = rig.prefix("long")
+    longest = 1024 - len(prefix.embeddings_PD) - 2
+    (samples,) = rig.draw([group(prefix, 2)], rig.sampling(max_new_tokens=longest, stop_token_ids=()))
+    assert [len(sample.token_ids) for sample in samples] == [longest, longest]
 
 
 def test_embeddings_of_another_width(rig):
     prefix = rig.prefix("narrow")
-    with pytest.raises(ValueError, match=r"shape \(138, 64\) for 138 rows; expected \[P, 128\]"):
+    with pytest.raises(ValueError, match=r"shape \(\d+, 64\) for \d+ rows; expected \[P, 128\]"):
         rig.engine.generate([group(changed(prefix, prefix.embeddings_PD[:, :64]))], rig.sampling())
 
 
 def test_fewer_embeddings_than_rows(rig):
     prefix = rig.prefix("few")
-    with pytest.raises(ValueError, match=r"shape \(137, 128\) for 138 rows"):
+    rows = len(prefix.embeddings_PD)
+    with pytest.raises(ValueError, match=rf"shape \({rows - 1}, 128\) for {rows} rows"):
         rig.engine.generate([group(changed(prefix, prefix.embeddings_PD[1:]))], rig.sampling())
 
 

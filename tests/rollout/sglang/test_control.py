@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from sglang_rig import group
+from sglang_rig import assert_same, group
 
 from omnigrpo.rollout.interface import RolloutError, collect
 
@@ -39,7 +39,7 @@ def test_release_and_restore_leave_a_working_engine(rig):
     before = rig.draw(requests, rig.sampling())
     rig.engine.release_memory()
     rig.engine.restore_memory()
-    assert rig.draw(requests, rig.sampling()) == before
+    assert_same(rig.draw(requests, rig.sampling()), before)
 
 
 def test_memory_is_not_released_under_way(rig):

@@ -1,9 +1,13 @@
 # pyright: reportMissingImports=false
 # SGLang lives in an environment of its own (make sglang).
-"""HumanOmni as SGLang runs it: SGLang's own Qwen2 decoder behind rows of video and audio."""
+"""HumanOmni as SGLang runs it: SGLang's own Qwen2 decoder behind rows of video and audio.
+
+The rows come with the request, or the checkpoint's towers and projectors make them here, as the configuration says.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from sglang.srt.layers.rotary_embedding import base as rotary_embedding
@@ -14,10 +18,13 @@ from sglang.srt.managers.mm_utils import (
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from torch import Tensor, nn
 
+from omnigrpo.feature_source import RECIPE_VERSION
+from omnigrpo.model.checkpoint_format import read_config
 from omnigrpo.model.config import DecoderConfig
 from omnigrpo.model.parts import part_of
-from omnigrpo.rollout.decoder_shapes import decoder_shapes
-from omnigrpo.rollout.sglang_plugin.names import COUNTERS_NAME
+from omnigrpo.rollout.decoder_shapes import decoder_shapes, geometry_of
+from omnigrpo.rollout.sglang_plugin.encoders import Encoders
+from omnigrpo.rollout.sglang_plugin.names import COUNTERS_NAME, IDENTITY_NAME, PRECOMPUTED_KEY
 
 
 class MisfitError(ValueError):
@@ -25,14 +32,17 @@ class MisfitError(ValueError):
 
 
 class HumanOmniQwen2ForCausalLM(nn.Module):
-    """The decoder, under the checkpoint's names; media rows come with the request."""
+    """The decoder under the checkpoint's names, and the encoders unless rows come ready-made."""
 
     def __init__(self, config, quant_config=None, prefix: str = "") -> None:
         super().__init__()
         self.config = config
         with _rope_of_torch():
             self.language_model = Qwen2ForCausalLM(config, quant_config, prefix)
-        self._shapes = decoder_shapes(_decoder_config(config))
+        self._encoders = None if getattr(config, PRECOMPUTED_KEY, False) else _encoders(config)
+        self._shapes = decoder_shapes(_decoder_config(config)) | (
+            self._encoders.shapes if self._encoders else {}
+        )
         self._prefill_calls = self._prefill_rows = self._encoder_calls = 0
 
     def get_input_embeddings(self) -> nn.Module:
@@ -44,12 +54,14 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
         return MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens(input_ids, mm_inputs)
 
     def get_video_feature(self, items) -> Tensor:
-        """Not to be called: SGLang asks for it only when a request brings no rows."""
-        return self._no_encoder(items)
+        """Rows of clips that came as pixels. RuntimeError in an engine for ready-made rows."""
+        encoders = self._count_encoding(items)
+        return encoders.video_rows([item.feature for item in items], [item.question_ids for item in items])
 
     def get_audio_feature(self, items) -> Tensor:
-        """Not to be called: SGLang asks for it only when a request brings no rows."""
-        return self._no_encoder(items)
+        """Rows of clips that came as log-mel. RuntimeError in an engine for ready-made rows."""
+        encoders = self._count_encoding(items)
+        return encoders.audio_rows([item.feature for item in items])
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch, **options):
@@ -67,29 +79,39 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy weights by their names in the checkpoint; those of towers, projectors and gate are left out.
+        """Copy weights by their names in the checkpoint; without encoders, theirs are left out.
 
         Nothing is copied when one of them does not fit. Raises MisfitError for a name or shape that the model lacks.
         """
-        decoder = [(name, tensor) for name, tensor in weights if part_of(name) == "llm"]
-        problems = [problem for name, tensor in decoder if (problem := self._problem(name, tensor))]
+        named = [(name, tensor) for name, tensor in weights if self._encoders or part_of(name) == "llm"]
+        problems = [problem for name, tensor in named if (problem := self._problem(name, tensor))]
         if problems:
-            raise MisfitError("weights do not fit HumanOmni's decoder: " + "; ".join(problems))
-        self.language_model.load_weights(decoder)
-        if any(tensor.is_cuda for _, tensor in decoder):
+            raise MisfitError("weights do not fit HumanOmni: " + "; ".join(problems))
+        self.language_model.load_weights([item for item in named if part_of(item[0]) == "llm"])
+        if self._encoders:
+            self._encoders.load(item for item in named if part_of(item[0]) != "llm")
+        if any(tensor.is_cuda for _, tensor in named):
             torch.cuda.synchronize()  # The sender may reuse its memory as soon as SGLang answers.
 
-    def get_weights_by_name(self, name: str, truncate_size: int = 100, tp_size: int = 1) -> list[int]:
-        """Read the counters; SGLang has no other way to ask a model something."""
+    def get_weights_by_name(
+        self, name: str, truncate_size: int = 100, tp_size: int = 1
+    ) -> list[int] | list[str]:
+        """Read the counters, or what the model is; SGLang has no other way to ask a model something."""
+        if name == IDENTITY_NAME:
+            dtype = str(next(self.language_model.parameters()).dtype).removeprefix("torch.")
+            mode = "raw" if self._encoders else "precomputed"
+            return [geometry_of(_decoder_config(self.config)), dtype, mode, str(RECIPE_VERSION)]
         if name != COUNTERS_NAME:
-            raise ValueError(f"only {COUNTERS_NAME!r} can be read, got {name!r}")
+            raise ValueError(f"only {COUNTERS_NAME!r} and {IDENTITY_NAME!r} can be read, got {name!r}")
         return [self._prefill_calls, self._prefill_rows, self._encoder_calls]
 
-    def _no_encoder(self, items) -> Tensor:
-        self._encoder_calls += 1
-        raise RuntimeError(
-            f"{len(items)} media items came without their rows, but this engine was started for ready-made rows"
-        )
+    def _count_encoding(self, items) -> Encoders:
+        self._encoder_calls += len(items)
+        if self._encoders is None:
+            raise RuntimeError(
+                f"{len(items)} media items came without their rows, but this engine was started for ready-made rows"
+            )
+        return self._encoders
 
     def _problem(self, name: str, tensor: Tensor) -> str | None:
         expected = self._shapes.get(name)
@@ -97,6 +119,11 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
             return f"{name} is none of its weights"
         found = tuple(tensor.shape)
         return None if found == expected else f"{name} has shape {found}, the model needs {expected}"
+
+
+def _encoders(config) -> Encoders:
+    """Of the checkpoint that the configuration was read from."""
+    return Encoders(read_config(Path(config.name_or_path)))
 
 
 def _decoder_config(config) -> DecoderConfig:

@@ -2,6 +2,7 @@
 # SGLang lives in an environment of its own (make sglang).
 """Entry point of the group ``sglang.srt.plugins``: SGLang calls ``register`` in each of its processes."""
 
+import os
 from collections.abc import Callable
 
 from sglang.srt.configs import model_config
@@ -19,7 +20,11 @@ _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.Wei
 
 
 def register() -> None:
-    """Make HumanOmni's architecture known: its configuration, its model, and what prepares its requests."""
+    """Make HumanOmni's architecture known: its configuration, its model, and what prepares its requests.
+
+    SGLang's cache of encoder outputs outlives the projectors that made them, so it is off unless someone sized it.
+    """
+    os.environ.setdefault("SGLANG_VLM_CACHE_SIZE_MB", "0")
     AutoConfig.register(HumanOmniCheckpointConfig.model_type, HumanOmniCheckpointConfig, exist_ok=True)
     ModelRegistry.models[ARCHITECTURE] = HumanOmniQwen2ForCausalLM
     PROCESSOR_MAPPING[HumanOmniQwen2ForCausalLM] = HumanOmniProcessor
