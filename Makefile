@@ -11,6 +11,9 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --no-compile -c constraints.txt
 
+# Tests that run at once, one thread each.
+TEST_JOBS ?= 2
+
 SGLANG_VENV := .venv-sglang
 SGLANG_BIN := $(SGLANG_VENV)/bin
 SGLANG_STAMP := $(SGLANG_VENV)/.stamp
@@ -59,7 +62,7 @@ demo: $(DEMO_STAMP) ## Train, evaluate and report on generated clips (SEED=..., 
 	$(DEMO_BIN)/omnigrpo demo $(if $(SEED),--seed $(SEED)) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(ROLLOUT),--rollout $(ROLLOUT))
 
 test: $(DALI_STAMP) $(SGLANG_STAMP) ## Run the tests, those of DALI's operators for the CPU and of SGLang included
-	OMNIGRPO_REQUIRE_DALI=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 OMNIGRPO_REQUIRE_DALI=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
 	OMNIGRPO_REQUIRE_SGLANG=1 $(SGLANG_BIN)/python -m pytest -q tests/rollout/sglang tests/rollout/servers
 
 lint: $(DALI_STAMP) ## Check lint, format and types
