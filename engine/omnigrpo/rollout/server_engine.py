@@ -201,7 +201,7 @@ class ServerEngine:
             decoder, self._dtype, self._config.bucket_mib << 20, others=self._shapes_beside_decoder()
         )
         if all(info.version in (UNPUBLISHED, "0") for info in infos):
-            await self._publisher.publish([], 0)
+            await self._publisher.publish([], self._dtype, 0)
             self._version = 0
         self._watcher = asyncio.ensure_future(self._watch())
 
@@ -301,8 +301,7 @@ class ServerEngine:
 
     async def _publish(self, chosen: Sequence[tuple[str, Tensor]], version: int) -> None:
         async with self._admission.alone(), self._watching:
-            buckets = [self._buckets.cast(bucket) for bucket in self._buckets.plan(chosen)]
-            await self._publisher.publish(buckets, version)
+            await self._publisher.publish(list(self._buckets.plan(chosen)), self._dtype, version)
             self._version = version
             self._keys.clear()
 

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Sequence
 
+import torch
+
 from omnigrpo.rollout.interface import RolloutError
 from omnigrpo.rollout.server_client import ServerClient, ServerLostError
 from omnigrpo.rollout.server_config import ServerConfig
@@ -26,8 +28,8 @@ class WeightPublisher:
         """
         return f"flush_cache?timeout={self._config.update_timeout_seconds}"
 
-    async def publish(self, buckets: Sequence[Bucket], version: int) -> None:
-        """Send them to every server that answers, those included that had left the rotation.
+    async def publish(self, buckets: Sequence[Bucket], dtype: torch.dtype, version: int) -> None:
+        """Send them, in the servers' dtype, to every server that answers, those included that had left the rotation.
 
         Nothing may be under way. A server that fails is left out, and the others get everything anew. Raises
         RolloutError when none has taken it.
@@ -35,7 +37,7 @@ class WeightPublisher:
         returning = await self._pool.returning()
         targets = {info.url: info for info in (*self._pool.servers, *returning)}
         while targets:
-            problems = await self._attempt(tuple(targets.values()), buckets, version)
+            problems = await self._attempt(tuple(targets.values()), buckets, dtype, version)
             if not problems:
                 await self._pool.put_back([info for info in returning if info.url in targets])
                 return
@@ -64,7 +66,11 @@ class WeightPublisher:
         await self._drop_group()
 
     async def _attempt(
-        self, targets: Sequence[ServerInfo], buckets: Sequence[Bucket], version: int
+        self,
+        targets: Sequence[ServerInfo],
+        buckets: Sequence[Bucket],
+        dtype: torch.dtype,
+        version: int,
     ) -> Problems:
         if problems := await self._each(targets, self.idle_command, {}):
             return problems
@@ -86,7 +92,8 @@ class WeightPublisher:
             return problems
         for index, bucket in enumerate(buckets):
             last = index == len(buckets) - 1
-            if problems := await self._group.send(bucket, version=version if last else None):
+            cast = [(name, tensor.to(dtype)) for name, tensor in bucket]
+            if problems := await self._group.send(cast, version=version if last else None):
                 return problems
         return await self._each(sessions, "end_weight_update", {})
 
