@@ -11,7 +11,7 @@ from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.rollout.sglang_plugin.encoders import Encoders
 from omnigrpo.rollout.sglang_plugin.media_entry import MediaRecipe, media_entries, prepare
-from omnigrpo.schema import AUDIO_ROW, VIDEO_ROW
+from omnigrpo.schema import AUDIO_ROW, VIDEO_ROW, Modality
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,12 @@ def test_an_entry_is_json_and_names_its_rows(inputs):
 def test_a_path_and_its_bytes_are_the_same_clip(builders, inputs, clip_path):
     by_path = media_entries(inputs, MediaRecipe())
     by_bytes = media_entries(inputs, MediaRecipe(), content=clip_path.read_bytes())
-    for name, modality in (("video_data", "video"), ("audio_data", "audio")):
-        one, other = (prepare(entries[name][0], modality, builders.CONFIG) for entries in (by_path, by_bytes))
+    modalities: tuple[Modality, ...] = ("video", "audio")
+    for modality in modalities:
+        one, other = (
+            prepare(entries[f"{modality}_data"][0], modality, builders.CONFIG)
+            for entries in (by_path, by_bytes)
+        )
         assert one.tensor.equal(other.tensor)
         assert one.key == other.key
 

@@ -30,7 +30,7 @@ from omnigrpo.rollout.sglang_plugin.media_entry import MediaRecipe, media_entrie
 from omnigrpo.rollout.sglang_plugin.names import COUNTERS_NAME
 from omnigrpo.rollout.sglang_requests import prompt_ids, sampling_of
 from omnigrpo.runtime.spans import SpanRecorder
-from omnigrpo.schema import Prefix
+from omnigrpo.schema import Modality, Prefix
 
 SAMPLES = 3
 ARGUMENTS = (
@@ -94,7 +94,7 @@ def prefixes(loaded, tmp_path_factory) -> list[Prefix]:
     directory = tmp_path_factory.mktemp("clips")
     generate_dataset(directory, SyntheticConfig(num_cold_start=7, num_rl=7, num_heldout=7, num_ood=7))
     prompts = read_dataset(directory / "rl.json", PromptStyle(), media_root=None)[:3]
-    modalities = (("video", "audio"), ("video",), ("audio",))
+    modalities: tuple[tuple[Modality, ...], ...] = (("video", "audio"), ("video",), ("audio",))
     prompts = tuple(replace(p, modalities=m) for p, m in zip(prompts, modalities, strict=True))
     source = PrefixSource(
         model=loaded.model,
