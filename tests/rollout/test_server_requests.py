@@ -70,7 +70,7 @@ def test_a_clip_goes_as_its_path_or_its_bytes(prefix):
 
 
 def test_hashes_tell_clips_questions_and_versions_apart(prefix, tmp_path):
-    def hashes(changed, version=0, mode="path"):
+    def hashes(changed, version=0, mode: ServerMedia = "path"):
         entries = media(changed, mode, version=version)
         return entries["video_data"][0]["hash"], entries["audio_data"][0]["hash"]
 
