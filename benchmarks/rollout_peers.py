@@ -58,7 +58,7 @@ class Generate:
     def draw(self, num_samples: int, num_tokens: int) -> int:
         """Draw tokens at temperature 1 with no end of sequence and no truncation, which would sort; see `Peer`."""
         rows = len(self.embeddings_PD)
-        drawn = self.model.generate(  # pyright: ignore[reportCallIssue]
+        drawn = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             inputs_embeds=self.embeddings_PD[None],
             attention_mask=torch.ones(1, rows, dtype=torch.int64, device=self.embeddings_PD.device),
             num_return_sequences=num_samples,

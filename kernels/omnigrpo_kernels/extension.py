@@ -11,6 +11,8 @@ from omnigrpo_kernels import liger
 
 HEAD_OPS = ("linear_logprob", "linear_token_loss", "grpo_head")
 """They share the kernels of the vocabulary head."""
+DECODE_OPS = ("skinny_linear", "decode_attention", "draw_tokens")
+"""What a decode step is made of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,18 +53,19 @@ def load() -> ModuleType:
 def kernel_status() -> list[KernelStatus]:
     """One entry per op and device type, whether or not this machine has the device; never raises."""
     return [
-        *(_head_on_cpu(op) for op in HEAD_OPS),
+        *(_compiled_on_cpu(op) for op in (*HEAD_OPS, *DECODE_OPS)),
         *(_on_cuda(op, "Triton, cuBLAS") for op in HEAD_OPS),
         _attention_on_cpu(),
         _yuv_to_rgb_on_cpu(),
         _on_cuda("shared_prefix_attention", "Triton"),
+        _on_cuda("decode_attention", "Triton"),
         _on_cuda("decoder_layer", "Triton, cuBLAS"),
         *(_layer_on_cpu(op) for op in liger.FUNCTIONS),
         *(_layer_on_cuda(op) for op in liger.FUNCTIONS),
     ]
 
 
-def _head_on_cpu(op: str) -> KernelStatus:
+def _compiled_on_cpu(op: str) -> KernelStatus:
     try:
         implementation, reason = f"C++ ({load().cpu_isa()})", None
     except ImportError as error:

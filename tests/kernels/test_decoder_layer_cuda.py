@@ -382,7 +382,7 @@ def _replace_norm(layer: qwen2.DecoderLayer) -> None:
 
 
 def _add_bias(layer: qwen2.DecoderLayer) -> None:
-    layer.mlp.up_proj = nn.Linear(CONFIG.width, CONFIG.ffn_width)
+    layer.mlp.up_proj = qwen2.Projection(CONFIG.width, CONFIG.ffn_width)
 
 
 def _change_dtype(layer: qwen2.DecoderLayer) -> None:

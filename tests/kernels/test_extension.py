@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omnigrpo_kernels import extension, liger
-from omnigrpo_kernels.extension import HEAD_OPS, KernelStatus, kernel_status
+from omnigrpo_kernels.extension import DECODE_OPS, HEAD_OPS, KernelStatus, kernel_status
 from omnigrpo_kernels.grpo_head import grpo_head
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig, TokenBatch
 from omnigrpo_kernels.linear_logprob import linear_logprob, linear_logprob_reference
@@ -165,7 +165,8 @@ def test_status_names_each_op_and_why_a_kernel_is_not_active() -> None:
     assert len(set(named)) == len(named)
     ops = (*HEAD_OPS, "shared_prefix_attention", "rms_norm", "rope", "swiglu")
     on_both = {(op, device) for op in ops for device in ("cpu", "cuda")}
-    assert set(named) == on_both | {("decoder_layer", "cuda"), ("yuv420_to_rgb", "cpu")}
+    on_cpu = {(op, "cpu") for op in (*DECODE_OPS, "yuv420_to_rgb")}
+    assert set(named) == on_both | on_cpu | {("decoder_layer", "cuda"), ("decode_attention", "cuda")}
     assert {"linear_logprob", "grpo_head"} <= set(HEAD_OPS)
     assert all((status.reason is None) == status.active for status in statuses)
     for op in HEAD_OPS:

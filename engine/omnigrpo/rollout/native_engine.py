@@ -5,7 +5,7 @@ the batch as soon as rows are free, and are handed out as soon as their last sam
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from weakref import WeakSet
@@ -198,7 +198,7 @@ class NativeStream:
         self._schedule = schedule
         self._finished: list[FinishedGroup] = []
 
-    def __iter__(self) -> Iterator[FinishedGroup]:
+    def __iter__(self) -> "NativeStream":
         """Itself."""
         return self
 
