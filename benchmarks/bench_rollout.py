@@ -1,8 +1,9 @@
-"""G samples of R tokens from one prefix of P rows: the native engine against transformers.
+"""G samples of R tokens from one prefix of P rows: the native engine against transformers and SGLang.
 
 Qwen2.5-0.5B's widths and vocabulary with `--layers` decoder layers, random weights, one prefix of P random embeddings.
 All draw from softmax(logits) at temperature 1 to exactly R tokens: no token ends a sample. The first row of a table is
-the native engine. ``time to first token`` is a call with R = 1.
+the native engine. ``time to first token`` is a call with R = 1. SGLang takes part where this runs in its environment
+(`.venv-sglang/bin/python`), whose torch and transformers are older ones for all rows alike.
 
 Ideal: the prefix's FLOPs at the GEMM ceiling, then R - 1 times all weights at the bandwidth ceiling, which is the best
 rate at which this machine has summed (on CUDA copied) a large tensor during the run.
@@ -12,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,6 +25,7 @@ from omnigrpo.rollout.native_engine import NativeEngine
 from omnigrpo.schema import Prefix, SharedPrefixLayout
 from report import Check
 from rollout_peers import Generate, Native, Peer, SharedPrefill
+from rollout_sglang import open_sglang
 from step_work import Sizes, decoder_flops, head_flops
 from update_work import TextPolicy, text_prefix, transformers_policy
 
@@ -39,7 +42,7 @@ TARGETS_CPU = {160: 3.0, 32: 4.5}
 TARGET_CUDA = 8.0
 BANDWIDTH_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}
 SMOKE_CONFIG = DecoderConfig(
-    vocab_size=300, width=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=96, max_positions=512
+    vocab_size=600, width=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=96, max_positions=512
 )
 
 
@@ -74,30 +77,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_green(OWN_TESTS)
     config = SMOKE_CONFIG if args.smoke else DecoderConfig(num_layers=args.layers)
     policy = TextPolicy(config, device=bench.device, dtype=bench.dtype).eval()
-    peers = make_peers(policy, args.prefix)
     widths = "toy widths" if args.smoke else "widths of Qwen2.5-0.5B"
     bench.notes.append(f"{widths}, {config.num_layers} decoder layers, random weights, {args.dtype}")
     bandwidth = measured_bandwidth(bench.device, BANDWIDTH_BYTES[args.device] >> (10 if args.smoke else 0))
     bench.notes.append(f"bandwidth ceiling {bandwidth / 1e9:.4g} GB/s")
-    for num_samples in args.samples:
-        for num_tokens in args.completion:
-            sizes = Sizes(prompts=1, prefix=args.prefix, samples=num_samples, completion=num_tokens)
-            compare(bench, policy, peers, sizes, bandwidth, is_target=is_promised(args, num_samples))
+    with ExitStack() as stack:
+        peers = make_peers(bench, policy, args.prefix, stack)
+        for num_samples in args.samples:
+            for num_tokens in args.completion:
+                sizes = Sizes(prompts=1, prefix=args.prefix, samples=num_samples, completion=num_tokens)
+                compare(bench, policy, peers, sizes, bandwidth, is_target=is_promised(args, num_samples))
     return bench.report()
 
 
-def make_peers(policy: TextPolicy, prefix_rows: int) -> list[Peer]:
-    """The native engine first; another engine is one more entry."""
+def make_peers(bench: Bench, policy: TextPolicy, prefix_rows: int, stack: ExitStack) -> list[Peer]:
+    """The native engine first, then transformers, and SGLang where it is installed; a note says so where it is not."""
     sizes = Sizes(prompts=1, prefix=prefix_rows, samples=1, completion=1)
     inputs = text_prefix(sizes, policy.decoder.config.vocab_size, torch.Generator().manual_seed(0))
     with torch.no_grad():
         embeddings_PD = policy.embed_prefixes([inputs])
+    prefix = Prefix(inputs=inputs, embeddings_PD=embeddings_PD)
     theirs = transformers_policy(policy).eval()
-    return [
-        Native(engine=NativeEngine(policy), prefix=Prefix(inputs=inputs, embeddings_PD=embeddings_PD)),
+    peers: list[Peer] = [
+        Native(engine=NativeEngine(policy), prefix=prefix),
         Generate(model=theirs, embeddings_PD=embeddings_PD),
         SharedPrefill(model=theirs, embeddings_PD=embeddings_PD),
     ]
+    try:
+        peers.append(stack.enter_context(open_sglang(policy, prefix)))
+    except ImportError as error:
+        bench.notes.append(f"SGLang is left out: {error}")
+    return peers
 
 
 def compare(
