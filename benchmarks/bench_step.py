@@ -23,10 +23,11 @@ from torch import Tensor
 from harness import Bench, Variant, arguments, parse, require_green
 from omnigrpo.algorithm.policy import completion_logprobs
 from omnigrpo.algorithm.token_metrics import TokenMetrics
+from omnigrpo.group_sampler import embed
 from omnigrpo.rollout.interface import GroupRequest, SamplingParams, collect
 from omnigrpo.rollout.native_engine import NativeEngine
 from omnigrpo.runtime.spans import SpanRecorder
-from omnigrpo.trainer import TrainingPack, embed
+from omnigrpo.trainer import TrainingPack
 from report import Check
 from step_job import Job, clips_job, random_features_job
 from step_phases import measure_steps
