@@ -5,7 +5,8 @@ All draw from softmax(logits) at temperature 1 to exactly R tokens: no token end
 the native engine. ``time to first token`` is a call with R = 1. SGLang takes part where this runs in its environment
 (`.venv-sglang/bin/python`), whose torch and transformers are older ones for all rows alike.
 
-Ideal: the prefix's FLOPs at the GEMM ceiling, then R - 1 times all weights at the bandwidth ceiling, which is the best
+Ideal: the prefix's FLOPs at the GEMM ceiling (of this dtype or of float32, whichever is faster: a CPU without products
+of bfloat16 can widen it), then R - 1 times all weights at the bandwidth ceiling, which is the best
 rate at which this machine has summed (on CUDA copied) a large tensor during the run.
 """
 
@@ -134,7 +135,7 @@ def compare(
         config=policy.decoder.config,
         weight_bytes=read_bytes(policy),
         bandwidth=bandwidth,
-        gemm_flops=bench.ceiling_flops,
+        gemm_flops=max(bench.ceiling_flops, float32_gemm_flops(bench.device)),
     )
     for index in range(-len(peers), 0):
         row = bench.rows[index]
@@ -176,6 +177,19 @@ def read_bytes(policy: TextPolicy) -> int:
     head = policy.head_weight_VD
     skipped = 0 if policy.lm_head is None else head.numel()
     return (sum(p.numel() for p in policy.parameters()) - skipped) * head.element_size()
+
+
+def float32_gemm_flops(device: torch.device, side: int = 1024) -> float:
+    """Best of five square products, FLOP/s."""
+    matrix = torch.randn(side, side, device=device)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
 
 
 def measured_bandwidth(device: torch.device, num_bytes: int) -> float:

@@ -35,7 +35,7 @@ def triton_device(request: pytest.FixtureRequest) -> torch.device:
 
 
 class Work:
-    """Rows of three groups, blocks in scattered order; blocks without owner and places beyond a length are NaN."""
+    """Rows of three groups in scattered blocks; blocks without an owner and places beyond a length are NaN."""
 
     def __init__(self, heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         num_heads, kv_heads, width = heads
