@@ -172,3 +172,19 @@ def test_a_file_that_is_missing_or_no_toml(tmp_path):
     (tmp_path / "bad.toml").write_text("[model\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("rollout.max_staleness=1",), "objective.max_importance_weight is left out"),
+        (
+            ("rollout.overlap_update=true", "rollout.max_staleness=1", "objective.max_importance_weight=2.0"),
+            "rollout.engine is native",
+        ),
+        (("rollout.overlap_update=true",), "tokens that are 1 updates old"),
+    ],
+)
+def test_parts_that_refuse_each_other_are_refused_before_anything_is_loaded(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(*overrides)

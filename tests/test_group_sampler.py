@@ -166,6 +166,58 @@ def test_the_saved_state_is_of_the_last_published_step(builders, policy, prefixe
     assert trainer.sampler.state_dict() == saved
 
 
+def test_a_failure_after_the_update_leaves_a_state_to_resume_from(builders, policy, prefixes):
+    """The update is done, so the step counts; what was sampled ahead is sampled anew."""
+    scored: list[int] = []
+
+    def reward(token_ids):
+        scored.append(len(token_ids))
+        if len(scored) > 15:
+            raise KeyError("the reward service is gone")
+        return float(len(token_ids))
+
+    trainer = overlapped(builders, policy, prefixes, reward=reward)
+    with pytest.raises(KeyError):
+        trainer.step()
+    assert trainer.steps_done == 1
+    assert len(builders.gradients(trainer)) == 1
+    assert trainer.sampler.state_dict() == {"carried": [], "ahead": None}
+
+
+def test_an_error_closes_the_stream(builders, policy, prefixes):
+    trainer = builders.trainer(policy, prefixes)
+    trainer.sampler._rewards = None
+    with pytest.raises(AttributeError):
+        trainer.sampler.take(0)
+    trainer.sampler.engine.release_memory()  # Which refuses while a stream is under way.
+
+
+def test_samples_of_other_prompts_are_not_taken_for_a_steps_own(builders, policy, prefixes):
+    """A clip that has become unusable since, and another instead: the step ahead is sampled anew."""
+    straight = overlapped(builders, policy, prefixes[:2])
+    straight.step()
+    saved = json.loads(json.dumps(straight.sampler.state_dict()))
+    assert [name for name, _ in saved["ahead"]["jobs"]] != []
+    saved["ahead"]["jobs"][0][0] = "another"
+    resumed = overlapped(builders, copy.deepcopy(policy), prefixes[:2])
+    resumed.sampler.load_state_dict(saved)
+    resumed.sampler.engine.publish([], version=1)
+    before = len(resumed.sampler.engine.requests)
+    resumed.sampler.take(1)
+    assert len(resumed.sampler.engine.requests) == before + 2, "step 1 anew, and step 2 ahead"
+
+
+def test_a_half_sampled_group_without_its_prompt_says_so(builders, policy, prefixes):
+    trainer = carrying(builders, policy, prefixes, learning_rate=0.0)
+    trainer.step()
+    saved = trainer.sampler.state_dict()
+    saved["carried"][0]["prompt_id"] = "gone"
+    with pytest.raises(
+        ValueError, match=r"'gone' is half sampled, but cannot go on: it is not in the data set"
+    ):
+        trainer.sampler.load_state_dict(saved)
+
+
 def test_closing_aborts_what_is_sampled_ahead(builders, policy, prefixes):
     trainer = overlapped(builders, policy, prefixes)
     trainer.sampler.take(0)
@@ -273,7 +325,5 @@ def test_a_half_sampled_group_without_its_clip_says_so(builders, policy, prefixe
     trainer.step()
     saved = trainer.sampler.state_dict()
     trainer.sampler.source.unusable = {saved["carried"][0]["prompt_id"]}
-    with pytest.raises(
-        ValueError, match=r"half sampled, but its clip cannot be used any more: .*\.mp4 is missing"
-    ):
+    with pytest.raises(ValueError, match=r"half sampled, but cannot go on: .*\.mp4 is missing"):
         trainer.sampler.load_state_dict(saved)

@@ -31,7 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "group_sampler": {
         "carried_groups", "data", "metrics", "model", "prefix_source", "reward", "rollout", "runtime", "schema",
     },
-    "trainer": {"algorithm", "group_sampler", "metrics", "model", "omnigrpo_kernels", "runtime", "schema"},
+    "trainer": {
+        "algorithm", "group_sampler", "metrics", "model", "omnigrpo_kernels", "rollout", "runtime", "schema",
+    },
     "sft": {"algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "runtime", "schema"},
     "loop": {"metrics", "runtime", "schema", "step_records"},
     "config": {

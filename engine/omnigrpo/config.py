@@ -24,7 +24,7 @@ from omnigrpo.model.prompting import PromptTemplate
 from omnigrpo.reward.composition import RewardConfig
 from omnigrpo.rollout.config import RolloutConfig
 from omnigrpo.runtime.optimizer import OptimizerConfig
-from omnigrpo.trainer import TrainerConfig
+from omnigrpo.trainer import TrainerConfig, check_off_policy
 from omnigrpo_kernels.grpo_objective import ObjectiveConfig
 
 
@@ -78,6 +78,15 @@ class RunConfig:
     agreement: AgreementConfig = field(default_factory=AgreementConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        """Reject, before anything is loaded, what the parts would refuse of each other."""
+        check_off_policy(self.rollout, self.objective)
+        if self.rollout.overlap_update and self.rollout.engine == "native":
+            raise ValueError(
+                "rollout.overlap_update needs an engine with weights of its own, but rollout.engine is native: set it "
+                "to sglang or servers"
+            )
 
 
 _REQUIRED = {

@@ -8,6 +8,7 @@ before its own update, and ``publish`` waits for that to end: the samples are on
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -60,8 +61,20 @@ class _Ahead:
     """A step that is sampled already."""
 
     step: int
+    jobs: list[tuple[str, tuple[int, ...]]]
+    """Prompt id and seeds of each group that was wanted."""
     groups: list[tuple[Completion, ...]]
-    """In the order of its jobs."""
+    """In the order of the jobs."""
+
+    @classmethod
+    def of(cls, sampling: _Sampling) -> "_Ahead":
+        """All of whose groups have come."""
+        groups = [sampling.groups[index].completions for index in range(len(sampling.jobs))]
+        return cls(step=sampling.step, jobs=_names(sampling.jobs), groups=groups)
+
+    def is_of(self, step: int, jobs: Sequence[GroupJob]) -> bool:
+        """Whether these are the groups that the step wants now: a clip may have become unusable since."""
+        return self.step == step and self.jobs == _names(jobs)
 
 
 class GroupSampler:
@@ -102,9 +115,9 @@ class GroupSampler:
 
     def take(self, step: int) -> SampledStep:
         """Return the groups of a step, sampled now or during the last update; the next step's are begun if allowed."""
-        sampling, self._ahead = self._ahead, None
-        if sampling is None or sampling.step != step:
-            sampling = self._begin(step)
+        if self._ahead is not None and self._ahead.step != step:
+            self.close()
+        sampling, self._ahead = self._ahead or self._begin(step), None
         self._finish(sampling)
         done = sorted(sampling.rewards)
         sampled = SampledStep(
@@ -125,12 +138,15 @@ class GroupSampler:
         return sampled
 
     def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Give the engine the updated weights, once what it samples by the old ones has ended."""
-        ahead = None
-        if self._ahead is not None:
-            self._finish(self._ahead)
-            groups = [self._ahead.groups[index].completions for index in range(len(self._ahead.jobs))]
-            ahead = _Ahead(step=self._ahead.step, groups=groups)
+        """Give the engine the updated weights, once what it samples by the old ones has ended.
+
+        When that fails, ``state_dict`` holds what is carried over, and the step ahead is sampled anew.
+        """
+        self._saved, ahead = (self._carried, None), None
+        sampling, self._ahead = self._ahead, None
+        if sampling is not None:
+            self._finish(sampling)
+            self._ahead, ahead = sampling, _Ahead.of(sampling)
         with self._spans.span(Phase.PUBLISH):
             if self.config.release_memory:
                 self.engine.restore_memory()
@@ -154,7 +170,7 @@ class GroupSampler:
             self._ahead = None
 
     def state_dict(self) -> Tree:
-        """What is carried over and sampled ahead, as it was after the last ``publish``."""
+        """What is carried over and sampled ahead, as it was after the last ``publish``; goes through JSON."""
         carried, ahead = self._saved
         return {
             "carried": [job.to_tree() for job in carried],
@@ -164,25 +180,24 @@ class GroupSampler:
     def load_state_dict(self, state: Tree) -> None:
         """Go on where a run of the same configuration was.
 
-        Raises ValueError when the clip of a carried group can no longer be used.
+        Raises ValueError when the prompt of a carried group is gone, or its clip can no longer be used.
         """
-        prompts = {prompt.prompt_id: prompt for prompt in self._prompts.prompts}
         self._carried = [
-            GroupJob.from_tree(tree, self._inputs_of(prompts[tree["prompt_id"]])) for tree in state["carried"]
+            GroupJob.from_tree(tree, self._inputs_of(tree["prompt_id"])) for tree in state["carried"]
         ]
         ahead = state["ahead"]
         if ahead is not None:
             groups = [tuple(completion_of_tree(tree) for tree in group) for group in ahead["groups"]]
-            self._restored = _Ahead(step=ahead["step"], groups=groups)
+            jobs = [(prompt_id, tuple(seeds)) for prompt_id, seeds in ahead["jobs"]]
+            self._restored = _Ahead(step=ahead["step"], jobs=jobs, groups=groups)
         self._saved = self._carried, self._restored
 
-    def _inputs_of(self, prompt: Prompt) -> PrefixInputs:
-        batch = self.source.inputs([prompt])
+    def _inputs_of(self, prompt_id: str) -> PrefixInputs:
+        prompts = [prompt for prompt in self._prompts.prompts if prompt.prompt_id == prompt_id]
+        batch = self.source.inputs(prompts[:1])
         if not batch.inputs:
-            raise ValueError(
-                f"a group of prompt {prompt.prompt_id!r} is half sampled, but its clip cannot be used any more: "
-                f"{batch.dropped[0].error}"
-            )
+            reason = batch.dropped[0].error if prompts else "it is not in the data set"
+            raise ValueError(f"a group of prompt {prompt_id!r} is half sampled, but cannot go on: {reason}")
         return batch.inputs[0]
 
     def _begin(self, step: int) -> _Sampling:
@@ -192,8 +207,8 @@ class GroupSampler:
 
     def _start(self, step: int, batch: SourceBatch, jobs: list[GroupJob]) -> _Sampling:
         """Have the jobs sampled, unless that was done before the run was interrupted."""
-        restored, self._restored = self._restored, None
-        if restored is not None and restored.step == step and len(restored.groups) == len(jobs):
+        restored = self._restored
+        if restored is not None and restored.is_of(step, jobs):
             stream = (FinishedGroup(index=i, completions=group) for i, group in enumerate(restored.groups))
         else:
             with self._spans.span(Phase.PREFILL), torch.no_grad():
@@ -208,14 +223,18 @@ class GroupSampler:
 
     def _finish(self, sampling: _Sampling) -> None:
         """Wait for all groups, and score each that is complete while the others are still sampled."""
-        for done in self._spans.each(Phase.DECODE_TOKENS, sampling.stream):
-            texts = tuple(self._prompt_encoder.decode(c.token_ids) for c in done.completions)
-            group = Group(inputs=sampling.jobs[done.index].inputs, completions=done.completions, texts=texts)
-            sampling.groups[done.index] = group
-            if all(completion.is_finished for completion in done.completions):
-                self._check_staleness(group, sampling.step)
-                with self._spans.span(Phase.REWARD):
-                    sampling.rewards[done.index] = self._rewards.score(group)
+        with closing(sampling.stream):
+            for done in self._spans.each(Phase.DECODE_TOKENS, sampling.stream):
+                self._receive(sampling, done)
+
+    def _receive(self, sampling: _Sampling, done: FinishedGroup) -> None:
+        texts = tuple(self._prompt_encoder.decode(c.token_ids) for c in done.completions)
+        group = Group(inputs=sampling.jobs[done.index].inputs, completions=done.completions, texts=texts)
+        sampling.groups[done.index] = group
+        if all(completion.is_finished for completion in done.completions):
+            self._check_staleness(group, sampling.step)
+            with self._spans.span(Phase.REWARD):
+                sampling.rewards[done.index] = self._rewards.score(group)
 
     def _fresh(self, inputs: Sequence[PrefixInputs], step: int) -> list[GroupJob]:
         """Jobs with seeds that depend on run seed, step, rank, prompt and sample, not on the rest of the batch."""
@@ -261,6 +280,10 @@ class GroupSampler:
             Metric.STALENESS: ages / tokens if tokens else 0.0,
             Metric.CARRIED: float(len(sampling.jobs) - len(done)),
         }
+
+
+def _names(jobs: Sequence[GroupJob]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(job.inputs.prompt.prompt_id, job.seeds) for job in jobs]
 
 
 def embed(model: HumanOmni, inputs: Sequence[PrefixInputs]) -> list[Prefix]:

@@ -93,34 +93,34 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
             fresh = checkpoint is None and start == config.model.path
             reference = reference_copy(policy if fresh else _load(config, start).model)
         optimizer = _optimizer(config, parts, total_steps=config.run.steps * config.trainer.iterations)
-        rollout = _build_rollout(config, parts)
-        sampler = GroupSampler(
-            policy=policy,
-            prompts=_stream(config, prompts),
-            prompt_encoder=parts.prompt_encoder,
-            source=parts.source,
-            engine=rollout,
-            rewards=rewards,
-            spans=parts.spans,
-            world=parts.world,
-            seed=config.run.seed,
-            budget_rows=config.trainer.budget_rows,
-            config=config.rollout,
-        )
-        trainer = Trainer(
-            policy=policy,
-            reference=reference,
-            sampler=sampler,
-            optimizer=optimizer,
-            spans=parts.spans,
-            world=parts.world,
-            advantage_config=config.advantage,
-            objective_config=config.objective,
-            agreement_config=config.agreement,
-            config=config.trainer,
-        )
-        with closing(rollout), closing(sampler):
-            _drive(config, parts, trainer, optimizer, checkpoint, title="GRPO")
+        with closing(_build_rollout(config, parts)) as engine:
+            sampler = GroupSampler(
+                policy=policy,
+                prompts=_stream(config, prompts),
+                prompt_encoder=parts.prompt_encoder,
+                source=parts.source,
+                engine=engine,
+                rewards=rewards,
+                spans=parts.spans,
+                world=parts.world,
+                seed=config.run.seed,
+                budget_rows=config.trainer.budget_rows,
+                config=config.rollout,
+            )
+            trainer = Trainer(
+                policy=policy,
+                reference=reference,
+                sampler=sampler,
+                optimizer=optimizer,
+                spans=parts.spans,
+                world=parts.world,
+                advantage_config=config.advantage,
+                objective_config=config.objective,
+                agreement_config=config.agreement,
+                config=config.trainer,
+            )
+            with closing(sampler):
+                _drive(config, parts, trainer, optimizer, checkpoint, title="GRPO")
 
 
 def run_evaluation(
@@ -298,7 +298,8 @@ def _drive(
             state = load_state(checkpoint)
             trainer.steps_done = state["step"]
             if isinstance(trainer, Trainer):
-                trainer.sampler.load_state_dict(state["sampler"])
+                if "sampler" in state:  # Else it is of a version in which every group took one step.
+                    trainer.sampler.load_state_dict(state["sampler"])
                 trainer.sampler.engine.publish(trained_weights(parts.loaded.model), trainer.steps_done)
             optimizer.load_state_dict(state["optimizer"])
             restore_rng(state["rng"])

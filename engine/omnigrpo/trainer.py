@@ -23,6 +23,7 @@ from omnigrpo.algorithm.token_metrics import TokenMetrics
 from omnigrpo.group_sampler import GroupSampler, SampledStep
 from omnigrpo.metrics import LOGPROB_DIFFERENCE_PREFIX, REWARD_COMPONENT_PREFIX, Metric
 from omnigrpo.model.humanomni import HumanOmni
+from omnigrpo.rollout.config import RolloutConfig
 from omnigrpo.runtime.distributed import World
 from omnigrpo.runtime.optimizer import Optimizer
 from omnigrpo.runtime.spans import Phase, SpanRecorder
@@ -79,11 +80,7 @@ class Trainer:
             raise ValueError(
                 f"objective.kl_coefficient is {objective_config.kl_coefficient}, but no reference model was given"
             )
-        if sampler.config.max_staleness and objective_config.max_importance_weight is None:
-            raise ValueError(
-                f"rollout.max_staleness is {sampler.config.max_staleness}: tokens of earlier weights must be weighted, "
-                "but objective.max_importance_weight is left out; set it, to 2.0 for example"
-            )
+        check_off_policy(sampler.config, objective_config)
         self.policy = policy
         self.reference = reference
         self.sampler = sampler
@@ -108,10 +105,9 @@ class Trainer:
         for _ in range(1, self.config.iterations):
             packs = [self.accumulate(training_pack, metrics) for training_pack in packs]
             grad_norms.append(self.update())
-        self.sampler.publish(trained_weights(self.policy), self.steps_done + 1)
-        report = self.report(sampled, metrics, figures, grad_norms)
         self.steps_done += 1
-        return report
+        self.sampler.publish(trained_weights(self.policy), self.steps_done)
+        return self.report(sampled, metrics, figures, grad_norms)
 
     def build_packs(self, groups: Sequence[Group], rewards: Sequence[GroupRewards]) -> list[TrainingPack]:
         """Pack the groups under the row budget, with advantages, loss weights and reference log-probs."""
@@ -177,6 +173,8 @@ class Trainer:
                 if p.batch.old_C is not None
                 for token in worst_tokens(p.pack, p.batch.old_C, count=MOST_WORST)
             ]
+            for parameter in self.optimizer.parameters:
+                parameter.grad = None
             raise DisagreementError(self.steps_done + 1, figures, violations, worst)
         return figures
 
@@ -203,7 +201,7 @@ class Trainer:
             Metric.DROPPED: float(len(sampled.batch.dropped)),
         }
         return StepReport(
-            step=self.steps_done + 1,
+            step=self.steps_done,
             metrics=scalars,
             groups=sampled.groups,
             rewards=sampled.rewards,
@@ -241,6 +239,15 @@ class Trainer:
             num_tokens=num_tokens,
             max_tokens=self.sampler.config.max_new_tokens,
             num_packs=num_packs,
+        )
+
+
+def check_off_policy(rollout: RolloutConfig, objective: ObjectiveConfig) -> None:
+    """Raise ValueError where tokens of earlier weights would be learnt from without importance weights."""
+    if rollout.max_staleness and objective.max_importance_weight is None:
+        raise ValueError(
+            f"rollout.max_staleness is {rollout.max_staleness}: tokens of earlier weights must be weighted, but "
+            "objective.max_importance_weight is left out; set it, to 2.0 for example"
         )
 
 

@@ -96,6 +96,9 @@ def test_a_disagreement_ends_the_step_before_the_update(builders, policy, prefix
     ) as error:
         trainer.step()
     assert not builders.moved(before, policy)
+    assert all(parameter.grad is None for parameter in policy.parameters()), (
+        "the next step must not add to them"
+    )
     report = error.value.report
     assert report["agreement"]["max"] == pytest.approx(3.0, abs=1e-5)
     assert report["agreement"]["share_beyond"] == pytest.approx(1 / 36)

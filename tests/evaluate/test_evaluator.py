@@ -78,7 +78,9 @@ class ScriptedEngine:
 def run(engine: ScriptedEngine, **changes: Any) -> EvaluationReport:
     arguments: dict[str, Any] = {
         "detokenize": lambda ids: ANSWERS[ids[0] % 3],
-        "sampling": SamplingParams(temperature=1.0, top_k=50, max_new_tokens=9, stop_token_ids=(5,)),
+        "sampling": SamplingParams(
+            temperature=1.0, top_k=50, max_new_tokens=9, token_budget=3, stop_token_ids=(5,)
+        ),
         "stage": "cold_start",
         "split": "held_out",
         "batch_size": 2,

@@ -27,15 +27,15 @@ def evaluate(
     """Answer every prompt once, greedily, and compare the answers with the solutions.
 
     ``prefixes`` may be a generator: ``batch_size`` of them are held at a time. ``sampling`` gives the limits;
-    its temperature, top-k and top-p are ignored. ``detokenize`` leaves special tokens out. ``on_batch`` is
-    told the number of prompts answered so far. ``dropped`` is read after the last prefix only, so a generator
-    may go on filling it (a list) while its prefixes are consumed.
+    its temperature, top-k, top-p and token budget are ignored. ``detokenize`` leaves special tokens out.
+    ``on_batch`` is told the number of prompts answered so far. ``dropped`` is read after the last prefix only, so a
+    generator may go on filling it (a list) while its prefixes are consumed.
 
     Raises ValueError when there is no prompt left to answer.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    greedy = replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
+    greedy = replace(sampling, temperature=0.0, top_k=0, top_p=1.0, token_budget=None)
     clips: list[EvaluatedClip] = []
     seconds = 0.0
     for batch in _batched(prefixes, batch_size):

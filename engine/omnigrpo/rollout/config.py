@@ -32,7 +32,7 @@ class RolloutConfig:
     tokens and log-probs and goes on in the next step, so that a few long tails do not hold up all the others."""
     overlap_update: bool = False
     """Sample the next step's completions, by the weights of now, while this step's update runs (one step off-policy).
-    Needs an engine with weights of its own."""
+    Needs an engine with weights of its own. The last step of a run samples one more, for a run that goes on."""
     max_staleness: int = 0
     """By how many updates a token's weights may be behind the ones that learn from it."""
     release_memory: bool = False

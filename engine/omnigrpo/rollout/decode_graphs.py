@@ -68,13 +68,15 @@ class DecodeGraphs:
         self._model = model
         self._made_for: object = None
         self._steps: dict[tuple[GraphSizes, SamplingParams], CapturedStep] = {}
+        self._memory: object = None
+        """The memory pool that all graphs share: one runs at a time, and what it gives is copied at once."""
 
     def load(self, rows: DecodeRows, pool: KVPool, sampling: SamplingParams) -> CapturedStep:
         """The step for rows of this size, captured when there is none yet, with these rows in it."""
         made_for = (pool, pool.generation, weight_addresses(self._model))
         if made_for != self._made_for:
             self._steps.clear()
-            self._made_for = made_for
+            self._made_for, self._memory = made_for, None
         sizes = GraphSizes.for_rows(rows)
         padded = sizes.pad(rows)
         step = self._steps.get((sizes, sampling))
@@ -100,8 +102,9 @@ class DecodeGraphs:
             static.step(self._model, pool, sampling)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._memory):
             token_S, logprob_S = static.step(self._model, pool, sampling)
+        self._memory = graph.pool()
         return CapturedStep(graph=graph, rows=static, token_S=token_S, logprob_S=logprob_S)
 
 

@@ -30,12 +30,13 @@ class KVPool:
         self.values = [torch.empty(value_shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.generation = 0
         """Goes up whenever the pool moves."""
+        self._num_blocks = _FIRST_BLOCKS
         self._free = [block for block in range(_FIRST_BLOCKS) if block != DUMP_BLOCK]
 
     @property
     def num_blocks(self) -> int:
         """Blocks in memory, taken or not."""
-        return self.keys[0].shape[0]
+        return self._num_blocks
 
     @property
     def num_free(self) -> int:
@@ -66,14 +67,17 @@ class KVPool:
 
     def _grow(self) -> None:
         before = self.num_blocks
+        self.generation += 1  # First: a graph must not touch what a failed attempt has moved.
         for layers in (self.keys, self.values):
             # One layer at a time in place, so that only one layer exists twice.
             for layer_index, pool in enumerate(layers):
+                if len(pool) > before:
+                    continue  # Grown by an attempt that ran out of memory on the way.
                 grown = pool.new_empty(2 * before, *pool.shape[1:])
                 grown[:before] = pool
                 layers[layer_index] = grown
         self._free.extend(range(before, 2 * before))
-        self.generation += 1
+        self._num_blocks = 2 * before
 
 
 def blocks_for(num_tokens: int) -> int:
