@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import dataclasses
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
@@ -15,7 +14,8 @@ from omnigrpo.model.config import HumanOmniConfig
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.parts import TOWER_PARTS, part_of
 from omnigrpo.rollout.admission import Admission, Need
-from omnigrpo.rollout.group_calls import draw_group, missing_samples
+from omnigrpo.rollout.continued_prompts import INPUT_KEPT_BACK, check_prompt, check_stop_tokens
+from omnigrpo.rollout.group_calls import counted, draw_group
 from omnigrpo.rollout.interface import (
     GroupRequest,
     RolloutCounters,
@@ -35,6 +35,7 @@ from omnigrpo.rollout.sglang_requests import (
     MediaKeys,
     check_sharing,
     completion_of,
+    missing_samples,
     prompt_ids,
     sampling_of,
 )
@@ -44,11 +45,6 @@ from omnigrpo.rollout.weight_publisher import WeightPublisher
 from omnigrpo.schema import Completion
 
 T = TypeVar("T")
-
-_ROWS_KEPT_BACK = 2
-"""Rows of context and cache that SGLang gives to nobody; beyond them it would shorten a completion in silence."""
-_INPUT_KEPT_BACK = 7
-"""The same for a prompt alone."""
 
 
 class ServerEngine:
@@ -231,7 +227,7 @@ class ServerEngine:
                     self._under_way -= 1
             for sample, generated in drawn.items():
                 done[sample] = completion_of(generated, request.begun_by(sample), sampling)
-            self._count(request, drawn.values())
+            self._counters = counted(self._counters, request, drawn.values())
         return tuple(done[i] for i in range(len(request.seeds)))
 
     async def _draw_somewhere(
@@ -318,47 +314,12 @@ class ServerEngine:
         parts = {name: (part_of(name), tuple(parameter.shape)) for name, parameter in named}
         return {name: shape for name, (part, shape) in parts.items() if part not in (*TOWER_PARTS, "llm")}
 
-    def _count(self, request: GroupRequest, drawn: Iterable[Generated]) -> None:
-        tokens = sum(len(generated.token_ids) for generated in drawn)
-        before = self._counters
-        self._counters = dataclasses.replace(
-            before,
-            prefixes_prefilled=before.prefixes_prefilled + 1,
-            prefix_rows=before.prefix_rows + len(request.prefix.inputs.token_ids_P),
-            decode_rows=before.decode_rows + tokens,
-            tokens_generated=before.tokens_generated + tokens,
-        )
-
     def _validate(self, requests: Sequence[GroupRequest], sampling: SamplingParams) -> None:
-        vocabulary = self._model.decoder.vocab_size
-        for token in sampling.stop_token_ids:
-            if token >= vocabulary:
-                raise ValueError(f"stop token {token} is outside the vocabulary of {vocabulary} tokens")
-        input_rows = min(info.input_rows for info in self._pool.servers)
+        decoder = self._model.decoder
+        check_stop_tokens(sampling, decoder)
+        rows = min(info.input_rows for info in self._pool.servers) + INPUT_KEPT_BACK
         for request in requests:
-            self._validate_prefix(request, sampling, input_rows)
-
-    def _validate_prefix(self, request: GroupRequest, sampling: SamplingParams, input_rows: int) -> None:
-        width, vocabulary = self._model.decoder.width, self._model.decoder.vocab_size
-        shape, ids_P = tuple(request.prefix.embeddings_PD.shape), request.prefix.inputs.token_ids_P
-        if shape != (len(ids_P), width) or len(ids_P) == 0:
-            raise ValueError(
-                f"{request.name} has embeddings of shape {shape} for {len(ids_P)} rows; expected [P, {width}] with one "
-                "per row and P >= 1"
-            )
-        if request.prefix.inputs.positions_3P is not None:
-            raise ValueError(f"{request.name} has M-RoPE positions; the servers' decoder takes plain ones")
-        rows, new = len(ids_P), sampling.max_new_tokens
-        if rows + new > input_rows + _INPUT_KEPT_BACK - _ROWS_KEPT_BACK or rows > input_rows:
-            raise ValueError(
-                f"{request.name} has {rows} rows, and with {new} new tokens it does not fit: a server takes prompts of "
-                f"{input_rows} rows at most, and {_INPUT_KEPT_BACK - _ROWS_KEPT_BACK} more with the new tokens; "
-                "shorten the prompt, or lower max_new_tokens"
-            )
-        if bool((ids_P >= vocabulary).any()):
-            raise ValueError(
-                f"{request.name} has token {int(ids_P.max())}, outside the vocabulary of {vocabulary}"
-            )
+            check_prompt(request, sampling, decoder, limit_rows=rows, limit=f"the {rows} rows of a server")
 
 
 def _check_stops(request: GroupRequest, sampling: SamplingParams, drawn: Iterable[Generated]) -> None:

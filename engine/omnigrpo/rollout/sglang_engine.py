@@ -1,7 +1,5 @@
 """Group rollouts on SGLang in this process: a group's prefix is sent once as rows, and prefilled once."""
 
-import asyncio
-import dataclasses
 import json
 import shutil
 from collections.abc import Coroutine, Iterable, Sequence
@@ -14,6 +12,8 @@ from torch import Tensor
 from omnigrpo.model.checkpoint_format import read_config
 from omnigrpo.rollout import sglang_commands as commands
 from omnigrpo.rollout.admission import Admission, Need
+from omnigrpo.rollout.continued_prompts import check_prompt, check_stop_tokens
+from omnigrpo.rollout.group_calls import counted, draw_group
 from omnigrpo.rollout.interface import (
     GroupRequest,
     RolloutCounters,
@@ -31,8 +31,8 @@ from omnigrpo.rollout.sglang_requests import (
     completion_of,
     media_bytes,
     media_of,
+    missing_samples,
     prompt_ids,
-    room_of,
     sampling_of,
 )
 from omnigrpo.rollout.sglang_stream import SGLangStream, StreamOwner
@@ -42,10 +42,6 @@ from omnigrpo.schema import Completion
 T = TypeVar("T")
 
 _SHARED_MEMORY = Path("/dev/shm")
-_ROWS_KEPT_BACK = 2
-"""Rows of context and cache that SGLang gives to nobody; beyond them it would shorten a completion in silence."""
-_INPUT_KEPT_BACK = 7
-"""The same for a prompt alone."""
 _CPU_ROWS = 1 << 16
 """Of a KV cache whose size nobody gave; a share of the memory would be allocated at once."""
 
@@ -198,7 +194,7 @@ class SGLangEngine:
     ) -> tuple[Completion, ...]:
         """Draw what is missing of one group; ``calls`` holds the ids of its calls while they are under way."""
         begun = [request.begun_by(sample) for sample in range(len(request.seeds))]
-        missing = [i for i, had in enumerate(begun) if had is None or not had.is_finished]
+        missing = missing_samples(request)
         done = {i: had for i, had in enumerate(begun) if had is not None and had.is_finished}
         if not missing:
             return tuple(done[i] for i in range(len(begun)))
@@ -207,13 +203,13 @@ class SGLangEngine:
         for sample, generated in drawn.items():
             check_sharing(request, sample, generated)
             done[sample] = completion_of(generated, begun[sample], sampling)
-        self._count(request, drawn.values())
+        self._counters = counted(self._counters, request, drawn.values())
         return tuple(done[i] for i in range(len(begun)))
 
     async def _draw(
         self, request: GroupRequest, sampling: SamplingParams, missing: Sequence[int], calls: set[str]
     ) -> dict[int, Generated]:
-        """Fresh samples in one call, which prefills their prefix first; begun ones in a call each, after a prefill."""
+        """By calls whose ids are in ``calls`` while they are under way."""
         ids = prompt_ids(request.prefix)
         media = media_of(request.prefix, dtype=self._dtype, keys=self._keys, version=self._version)
 
@@ -230,18 +226,7 @@ class SGLangEngine:
             finally:
                 calls.discard(wanted.request_id)
 
-        had = {i: completion for i in missing if (completion := request.begun_by(i)) is not None}
-        fresh = [i for i in missing if i not in had]
-        drawn: dict[int, Generated] = {}
-        if fresh:
-            samples = await call((), len(fresh), room_of(sampling, None))
-            drawn |= dict(zip(fresh, samples, strict=True))
-        elif len(had) > 1:
-            await call((), 1, 0)
-        parts = await asyncio.gather(
-            *(call(part.token_ids, 1, room_of(sampling, part)) for part in had.values())
-        )
-        return drawn | {i: only for i, (only,) in zip(had, parts, strict=True)}
+        return await draw_group(request, sampling, missing, call)
 
     async def _update(self, chosen: Sequence[tuple[str, Tensor]], version: int) -> None:
         """Send every bucket while nothing is under way; only the last one carries the version."""
@@ -287,31 +272,18 @@ class SGLangEngine:
             media_bytes=(samples + 1) * media_bytes(request.prefix, self._dtype),
         )
 
-    def _count(self, request: GroupRequest, drawn: Iterable[Generated]) -> None:
-        tokens = sum(len(generated.token_ids) for generated in drawn)
-        before = self._counters
-        self._counters = dataclasses.replace(
-            before,
-            prefixes_prefilled=before.prefixes_prefilled + 1,
-            prefix_rows=before.prefix_rows + len(request.prefix.inputs.token_ids_P),
-            decode_rows=before.decode_rows + tokens,
-            tokens_generated=before.tokens_generated + tokens,
-        )
-
     def _validate(self, requests: Sequence[GroupRequest], sampling: SamplingParams) -> None:
-        width, vocabulary = self._decoder.width, self._decoder.vocab_size
-        for token in sampling.stop_token_ids:
-            if token >= vocabulary:
-                raise ValueError(f"stop token {token} is outside the vocabulary of {vocabulary} tokens")
+        check_stop_tokens(sampling, self._decoder)
         hidden = self._end_tokens - set(sampling.stop_token_ids)
         if sampling.stop_token_ids and hidden:
             raise ValueError(
                 f"stop_token_ids are {sampling.stop_token_ids}, but SGLang also ends a completion at the "
                 f"checkpoint's own end tokens {sorted(hidden)}: add them"
             )
-        free = free_shared_memory()
+        free, cache = free_shared_memory(), self._host.capacity_rows
+        limit = f"a context of {self._context} and a cache of {cache} rows"
         for request in requests:
-            self._validate_prefix(request, sampling, width)
+            check_prompt(request, sampling, self._decoder, limit_rows=min(self._context, cache), limit=limit)
             needed = self._need(request, sampling).media_bytes
             if needed > free:
                 raise RolloutError(
@@ -319,28 +291,6 @@ class SGLangEngine:
                     f"per sample, but {free / 2**20:.1f} MiB are free: enlarge it (docker: --shm-size), or draw "
                     "fewer samples per prompt"
                 )
-
-    def _validate_prefix(self, request: GroupRequest, sampling: SamplingParams, width: int) -> None:
-        shape, ids_P = tuple(request.prefix.embeddings_PD.shape), request.prefix.inputs.token_ids_P
-        if shape != (len(ids_P), width) or len(ids_P) == 0:
-            raise ValueError(
-                f"{request.name} has embeddings of shape {shape} for {len(ids_P)} rows; expected [P, {width}] with one "
-                "per row and P >= 1"
-            )
-        if request.prefix.inputs.positions_3P is not None:
-            raise ValueError(f"{request.name} has M-RoPE positions; this engine's decoder takes plain ones")
-        limit, cache = min(self._context, self._host.capacity_rows), self._host.capacity_rows
-        rows, new = len(ids_P), sampling.max_new_tokens
-        if rows + new > limit - _ROWS_KEPT_BACK or rows > limit - _INPUT_KEPT_BACK:
-            raise ValueError(
-                f"{request.name} has {rows} rows, and with {new} new tokens it does not fit a context of "
-                f"{self._context} and a cache of {cache} rows, of which SGLang keeps {_ROWS_KEPT_BACK} (and for a "
-                f"prompt alone {_INPUT_KEPT_BACK}): shorten the prompt, or lower max_new_tokens"
-            )
-        if bool((ids_P >= self._decoder.vocab_size).any()):
-            raise ValueError(
-                f"{request.name} has token {int(ids_P.max())}, outside the vocabulary of {self._decoder.vocab_size}"
-            )
 
 
 def free_shared_memory() -> int:

@@ -147,6 +147,12 @@ def sampling_of(sampling: SamplingParams, max_new_tokens: int) -> dict[str, obje
     }
 
 
+def missing_samples(request: GroupRequest) -> list[int]:
+    """The samples that are not finished yet."""
+    begun = [request.begun_by(sample) for sample in range(len(request.seeds))]
+    return [i for i, had in enumerate(begun) if had is None or not had.is_finished]
+
+
 def room_of(sampling: SamplingParams, begun: Completion | None) -> int:
     """Tokens that this call may add to a sample."""
     rest = sampling.max_new_tokens - (len(begun.token_ids) if begun else 0)
@@ -177,9 +183,12 @@ def completion_of(generated: Generated, begun: Completion | None, sampling: Samp
 def check_sharing(request: GroupRequest, sample: int, generated: Generated) -> None:
     """Raise RolloutError unless this sample found the group's prefix in the cache, all but the row it must compute.
 
-    A sample alone has nobody to share with. One that lost its KV rows on the way reports another number.
+    One that is drawn alone, or is the only one to begin, computes the prefix itself. One that lost its KV rows on the
+    way reports another number.
     """
-    if len(request.seeds) == 1 or generated.retractions:
+    missing = missing_samples(request)
+    fresh = [i for i in missing if request.begun_by(i) is None]
+    if [sample] in (missing, fresh) or generated.retractions:
         return
     rows, begun = len(request.prefix.inputs.token_ids_P), request.begun_by(sample)
     own = len(begun.token_ids) if begun else 0
