@@ -35,7 +35,8 @@ from omnigrpo.rollout.sglang_requests import (
     prompt_ids,
     sampling_of,
 )
-from omnigrpo.rollout.sglang_stream import SGLangStream, StreamOwner
+from omnigrpo.rollout.sglang_stream import OpenCalls, SGLangStream, StreamOwner
+from omnigrpo.rollout.sglang_weights import SGLangWeights
 from omnigrpo.rollout.weight_buckets import WeightBuckets
 from omnigrpo.schema import Completion
 
@@ -80,13 +81,20 @@ class SGLangEngine:
             start_timeout_seconds=self._config.start_timeout_seconds,
         )
         self._admission = Admission(
-            Need(rows=self._host.capacity_rows, media_bytes=self._config.shared_memory_bytes)
+            Need(
+                rows=self._host.capacity_rows,
+                media_bytes=min(self._config.shared_memory_bytes, free_shared_memory() // 2),
+            )
         )
         self._end_tokens = frozenset(commands.end_tokens(self._host.manager))
         self._keys = MediaKeys()
-        self._version = 0
+        self._weights = SGLangWeights(
+            self._buckets,
+            send=self._send_bucket,
+            name_anew=lambda version: commands.set_version(self._host.manager, version),
+            free_bytes=free_shared_memory if device == "cpu" else None,
+        )
         self._paused = self._released = False
-        self._torn: str | None = None
         self._counters = RolloutCounters()
 
     @property
@@ -110,12 +118,11 @@ class SGLangEngine:
         Raises RolloutError while memory is released, or when /dev/shm has no room for a group's media.
         """
         self._host.check()
-        if self._torn is not None:
-            raise RolloutError(self._torn)
+        self._weights.check()
         if self._released:
             raise RolloutError("SGLang's memory is released: call restore_memory before generate")
         self._validate(requests, sampling)
-        calls: set[str] = set()
+        calls = OpenCalls(self._abort_call)
         futures = {
             self._host.submit(self._group(request, sampling, calls)): index
             for index, request in enumerate(requests)
@@ -124,7 +131,7 @@ class SGLangEngine:
             timeout_seconds=self._config.timeout_seconds,
             is_paused=lambda: self._paused,
             error=self._host.error,
-            abort=lambda: self._abort(calls),
+            abort=lambda: self._close_calls(calls),
         )
         return SGLangStream(futures, [request.name for request in requests], owner)
 
@@ -132,8 +139,8 @@ class SGLangEngine:
         """Take the decoder's weights, once nothing is under way; those of towers, projectors and gate are left out.
 
         Raises RolloutError for a weight that the decoder lacks or of another shape (nothing has changed then), while
-        it is paused with samples under way, and when SGLang fails on the way: if some buckets had arrived by then,
-        it generates nothing until a later ``publish`` has brought them all.
+        it is paused with samples under way, when a bucket does not fit the shared memory, and when SGLang fails on
+        the way. However it ends, once a bucket was sent nothing is generated until a ``publish`` has brought them all.
         """
         chosen = self._buckets.choose(weights)
         if self._paused and self._admission.num_inside:
@@ -190,15 +197,17 @@ class SGLangEngine:
         return self._host.run(coroutine, what=what, timeout_seconds=self._config.timeout_seconds)
 
     async def _group(
-        self, request: GroupRequest, sampling: SamplingParams, calls: set[str]
+        self, request: GroupRequest, sampling: SamplingParams, calls: OpenCalls
     ) -> tuple[Completion, ...]:
-        """Draw what is missing of one group; ``calls`` holds the ids of its calls while they are under way."""
+        """Draw what is missing of one group, unless its stream was closed, or the weights torn, while it waited."""
         begun = [request.begun_by(sample) for sample in range(len(request.seeds))]
         missing = missing_samples(request)
         done = {i: had for i, had in enumerate(begun) if had is not None and had.is_finished}
         if not missing:
             return tuple(done[i] for i in range(len(begun)))
         async with self._admission.hold(self._need(request, sampling)):
+            calls.check()
+            self._weights.check()
             drawn = await self._draw(request, sampling, missing, calls)
         for sample, generated in drawn.items():
             check_sharing(request, sample, generated)
@@ -207,11 +216,11 @@ class SGLangEngine:
         return tuple(done[i] for i in range(len(begun)))
 
     async def _draw(
-        self, request: GroupRequest, sampling: SamplingParams, missing: Sequence[int], calls: set[str]
+        self, request: GroupRequest, sampling: SamplingParams, missing: Sequence[int], calls: OpenCalls
     ) -> dict[int, Generated]:
-        """By calls whose ids are in ``calls`` while they are under way."""
+        """By calls that end when ``calls`` is closed."""
         ids = prompt_ids(request.prefix)
-        media = media_of(request.prefix, dtype=self._dtype, keys=self._keys, version=self._version)
+        media = media_of(request.prefix, dtype=self._dtype, keys=self._keys, version=self._weights.version)
 
         async def call(tokens: tuple[int, ...], num_samples: int, room: int) -> list[Generated]:
             wanted = GenerateCall(
@@ -220,50 +229,34 @@ class SGLangEngine:
                 num_samples=num_samples,
                 sampling=sampling_of(sampling, room),
             )
-            calls.add(wanted.request_id)
-            try:
+            with calls.under_way(wanted.request_id):
                 return await commands.generate(self._host.manager, wanted)
-            finally:
-                calls.discard(wanted.request_id)
 
         return await draw_group(request, sampling, missing, call)
 
     async def _update(self, chosen: Sequence[tuple[str, Tensor]], version: int) -> None:
-        """Send every bucket while nothing is under way; only the last one carries the version."""
+        """Send them while nothing is under way."""
         async with self._admission.alone():
-            if not chosen:
-                await commands.set_version(self._host.manager, version)
-            buckets = list(self._buckets.plan(chosen))
-            for index, bucket in enumerate(buckets):
-                last = index == len(buckets) - 1
-                try:
-                    await commands.update_weights(
-                        self._host.manager,
-                        self._buckets.cast(bucket),
-                        ranks=self._config.tensor_parallel,
-                        version=version if last else None,
-                    )
-                except RolloutError as error:
-                    raise self._half_taken(error, index, len(buckets), version) from error
-            self._version, self._torn = version, None
+            await self._weights.take(chosen, version)
             self._keys.clear()
 
-    def _half_taken(self, error: RolloutError, taken: int, buckets: int, version: int) -> RolloutError:
-        if taken == 0:
-            return RolloutError(f"{error}; SGLang goes on with version {self._version}")
-        self._torn = (
-            f"SGLang holds {taken} of {buckets} buckets of version {version} and the rest of version "
-            f"{self._version}: publish all weights again, or build a new engine"
+    def _send_bucket(
+        self, bucket: Sequence[tuple[str, Tensor]], version: int | None
+    ) -> Coroutine[Any, Any, None]:
+        return commands.update_weights(
+            self._host.manager, bucket, ranks=self._config.tensor_parallel, version=version
         )
-        return RolloutError(f"{error}; {self._torn}")
 
-    def _abort(self, calls: set[str]) -> None:
-        async def abort() -> None:
-            for request_id in tuple(calls):
-                commands.abort(self._host.manager, request_id)
+    def _abort_call(self, request_id: str) -> None:
+        if self._host.is_running:  # Else nobody reads it, and the loop would wait for ever.
+            commands.abort(self._host.manager, request_id)
+
+    def _close_calls(self, calls: OpenCalls) -> None:
+        async def close() -> None:
+            calls.close()
 
         if self._host.is_running:
-            self._run(abort(), what="abort what is under way")
+            self._run(close(), what="abort what is under way")
 
     def _need(self, request: GroupRequest, sampling: SamplingParams) -> Need:
         samples, rows = len(request.seeds), len(request.prefix.inputs.token_ids_P)
