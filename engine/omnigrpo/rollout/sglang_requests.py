@@ -22,6 +22,10 @@ _KEY_BITS = 30
 _MODALITIES = {"video_data": ("VIDEO", VIDEO_ROW), "audio_data": ("AUDIO", AUDIO_ROW)}
 
 
+class OtherWeightsError(RolloutError):
+    """A sample was drawn by weights that this run did not publish."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateCall:
     """One call of SGLang."""
@@ -53,8 +57,11 @@ class Generated:
     version: int
 
     @classmethod
-    def from_output(cls, output: Mapping[str, object]) -> "Generated":
-        """Read one of SGLang's dictionaries; RolloutError when its parts do not fit each other."""
+    def from_output(cls, output: Mapping[str, object], *, run: str = "") -> "Generated":
+        """Read one of SGLang's dictionaries.
+
+        Raises RolloutError when its parts do not fit each other, OtherWeightsError when its weights are not the run's.
+        """
         meta = output["meta_info"]
         tokens = output["output_ids"]
         assert isinstance(meta, dict)
@@ -73,8 +80,21 @@ class Generated:
             matched=reason.get("matched"),
             cached_tokens=int(meta["cached_tokens"]),
             retractions=int(meta["num_retractions"]),
-            version=int(meta["weight_version"]),
+            version=version_in(meta["weight_version"], run=run),
         )
+
+
+def version_label(version: int, *, run: str = "") -> str:
+    """What SGLang calls a version of the weights; a ``run`` of its own tells it from those of any other run."""
+    return f"{run}.{version}" if run else str(version)
+
+
+def version_in(label: object, *, run: str = "") -> int:
+    """The version that a label stands for; OtherWeightsError for one that is not the run's."""
+    head, _, digits = str(label).rpartition(".")
+    if head != run or not digits.isdecimal():
+        raise OtherWeightsError(f"a sample was drawn by weights {label!r}, which this run did not publish")
+    return int(digits)
 
 
 class MediaKeys:
