@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ class Group:
 def engine(monkeypatch):
     """With version 0, as servers have it that were just started."""
 
-    async def opened(self, servers) -> None:
+    async def opened(self: Any, servers) -> None:
         self._client, self._pool = Client(), Pool()
         self._publisher = WeightPublisher(self._client, self._pool, self._config)
         self._watching = asyncio.Lock()
@@ -175,7 +176,8 @@ def test_a_router_that_does_not_let_go_of_a_server_is_told(caplog, problem):
         async def remove(self, url: str) -> None:
             raise problem
 
-    pool = ServerPool(Client(), ["http://a:1"], CONFIG.decoder, ServerConfig())
+    client: Any = Client()
+    pool: Any = ServerPool(client, ["http://a:1"], CONFIG.decoder, ServerConfig())
     pool._alive["http://a:1"] = info()
     pool._router = Router()
     with caplog.at_level(logging.WARNING):

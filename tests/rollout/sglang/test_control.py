@@ -59,7 +59,7 @@ def test_closing_a_stream_aborts_it_and_begins_nothing_that_waits_for_room(rig):
     begun = time.monotonic()
     stream.close()
     assert 0 < inside < 12
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 9, "it waits 10 s for groups that do not end"
     assert list(stream) == []
     assert rig.engine._admission.num_inside == 0
     rig.engine.release_memory()  # Refused by SGLang while it runs anything.
