@@ -103,6 +103,7 @@ def test_an_engine_that_shares_the_weights_cannot_overlap(builders, policy):
         ({"token_budget": 0, "max_staleness": 1}, "token_budget must be >= 1"),
         ({"max_staleness": -1}, "max_staleness must be at least 0"),
         ({**OVERLAPPED, "release_memory": True}, "choose one"),
+        ({"engine": "sglang", "release_memory": True}, "set rollout.sglang.memory_saver=true"),
     ],
 )
 def test_modes_that_exclude_each_other_are_refused(switches, message):

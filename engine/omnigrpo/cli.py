@@ -198,6 +198,10 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is the checkpoint's.")] = "auto",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices per copy of the decoder.")] = 1,
     max_total_tokens: Annotated[int | None, typer.Option(min=1, help="Rows of the KV cache.")] = None,
+    memory_saver: Annotated[
+        bool,
+        typer.Option("--memory-saver", help="For rollout.release_memory (CUDA): weights wait on the host."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command instead.")] = False,
 ) -> None:
     """Start an SGLang server for rollout.engine=servers; what follows goes to sglang.launch_server as it is."""
@@ -212,6 +216,7 @@ def serve(
         dtype=dtype,
         tensor_parallel=tensor_parallel,
         max_total_tokens=max_total_tokens,
+        memory_saver=memory_saver,
         more=tuple(context.args),
     )
     if dry_run:

@@ -99,6 +99,9 @@ def test_serve_command_says_what_it_starts(tmp_path):
     assert "--attention-backend torch_native" in line
     assert "omnigrpo_precomputed" in line
     assert line.endswith("--log-level error")
+    assert "memory-saver" not in line
+    saving, _ = serve_command(ServeConfig(model=tmp_path, port=3, memory_saver=True))
+    assert {"--enable-memory-saver", "--enable-weights-cpu-backup"} <= set(saving)
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         serve_command(ServeConfig(model=tmp_path / "none", port=3))
     with pytest.raises(ValueError, match="media must be one of raw, precomputed"):

@@ -9,6 +9,7 @@ from omnigrpo.rollout.interface import GroupRequest, RolloutError, SamplingParam
 from omnigrpo.rollout.sglang_requests import (
     Generated,
     MediaKeys,
+    OtherWeightsError,
     check_sharing,
     completion_of,
     media_bytes,
@@ -16,6 +17,7 @@ from omnigrpo.rollout.sglang_requests import (
     prompt_ids,
     room_of,
     sampling_of,
+    version_label,
 )
 from omnigrpo.schema import AUDIO_ROW, VIDEO_ROW, Completion, Prefix, VersionSpan
 
@@ -148,6 +150,16 @@ def test_an_answer_is_read():
     assert found == generated(
         token_ids=(3, 4), logprobs=(-1.0, -2.0), finish="stop", matched=4, version=12, cached_tokens=7
     )
+
+
+def test_a_version_is_read_from_its_runs_label_only():
+    label = version_label(12, run="ab12")
+    assert Generated.from_output(answer(weight_version=label), run="ab12").version == 12
+    for other in ("default", "0", "12", version_label(12, run="cd34"), "ab12."):
+        with pytest.raises(OtherWeightsError, match="which this run did not publish"):
+            Generated.from_output(answer(weight_version=other), run="ab12")
+    with pytest.raises(OtherWeightsError):
+        Generated.from_output(answer(weight_version="default"))
 
 
 @pytest.mark.parametrize(

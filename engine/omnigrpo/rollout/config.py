@@ -66,6 +66,11 @@ class RolloutConfig:
                 "rollout.release_memory takes the engine's memory during the update, and rollout.overlap_update "
                 "samples then: choose one"
             )
+        if self.release_memory and self.engine == "sglang" and not self.sglang.memory_saver:
+            raise ValueError(
+                "rollout.release_memory frees nothing of SGLang without its memory saver: set "
+                "rollout.sglang.memory_saver=true (CUDA only), or leave rollout.release_memory out"
+            )
         if self.engine == "servers":
             check_servers(self.servers)
         elif self.servers:

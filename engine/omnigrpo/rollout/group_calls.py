@@ -1,10 +1,11 @@
 """The calls by which an engine that continues prompts draws one group, whoever answers them."""
 
 import asyncio
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from omnigrpo.rollout.interface import GroupRequest, SamplingParams
+from omnigrpo.rollout.interface import GroupRequest, RolloutCounters, SamplingParams
 from omnigrpo.rollout.sglang_requests import Generated, room_of
 
 
@@ -16,16 +17,13 @@ class Draw(Protocol):
         ...
 
 
-def missing_samples(request: GroupRequest) -> list[int]:
-    """The samples that are not finished yet."""
-    begun = [request.begun_by(sample) for sample in range(len(request.seeds))]
-    return [i for i, had in enumerate(begun) if had is None or not had.is_finished]
-
-
 async def draw_group(
     request: GroupRequest, sampling: SamplingParams, missing: Sequence[int], draw: Draw
 ) -> dict[int, Generated]:
-    """Fresh samples in one call, which computes their prefix first; begun ones in a call each, after it is computed."""
+    """Fresh samples in one call, which computes their prefix first; begun ones in a call each, after it is computed.
+
+    The first call that fails ends the others.
+    """
     had = {i: completion for i in missing if (completion := request.begun_by(i)) is not None}
     fresh = [i for i in missing if i not in had]
     drawn: dict[int, Generated] = {}
@@ -43,3 +41,15 @@ async def draw_group(
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # The others were cancelled for it.
     return drawn | {i: only for i, task in parts.items() for only in task.result()}
+
+
+def counted(before: RolloutCounters, request: GroupRequest, drawn: Iterable[Generated]) -> RolloutCounters:
+    """The totals with one more group."""
+    tokens = sum(len(generated.token_ids) for generated in drawn)
+    return dataclasses.replace(
+        before,
+        prefixes_prefilled=before.prefixes_prefilled + 1,
+        prefix_rows=before.prefix_rows + len(request.prefix.inputs.token_ids_P),
+        decode_rows=before.decode_rows + tokens,
+        tokens_generated=before.tokens_generated + tokens,
+    )

@@ -34,6 +34,8 @@ class ServeConfig:
     tensor_parallel: int = 1
     max_total_tokens: int | None = None
     """Rows of the KV cache; None fills the device's memory on CUDA, and is 32768 on a CPU."""
+    memory_saver: bool = False
+    """Let a run release the memory of KV cache and weights (CUDA, torch_memory_saver); weights wait on the host."""
     more: tuple[str, ...] = ()
     """Further arguments of ``sglang.launch_server``."""
 
@@ -67,6 +69,8 @@ def serve_command(config: ServeConfig) -> tuple[list[str], dict[str, str]]:
     if rows is not None:
         arguments["max-total-tokens"] = rows
     flags = ["--skip-server-warmup"]
+    if config.memory_saver:
+        flags += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
     # Rows of a clip change with the projectors' weights, and SGLang's cache of them would not notice.
     environment = {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
     if config.device == "cpu":

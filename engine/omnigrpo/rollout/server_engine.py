@@ -2,7 +2,7 @@
 
 import asyncio
 import concurrent.futures
-import dataclasses
+import logging
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
@@ -15,7 +15,8 @@ from omnigrpo.model.config import HumanOmniConfig
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.parts import TOWER_PARTS, part_of
 from omnigrpo.rollout.admission import Admission, Need
-from omnigrpo.rollout.group_calls import draw_group, missing_samples
+from omnigrpo.rollout.continued_prompts import INPUT_KEPT_BACK, check_prompt, check_stop_tokens
+from omnigrpo.rollout.group_calls import counted, draw_group
 from omnigrpo.rollout.interface import (
     GroupRequest,
     RolloutCounters,
@@ -33,22 +34,22 @@ from omnigrpo.rollout.sglang_requests import (
     GenerateCall,
     Generated,
     MediaKeys,
+    OtherWeightsError,
     check_sharing,
     completion_of,
+    missing_samples,
     prompt_ids,
     sampling_of,
+    version_label,
 )
 from omnigrpo.rollout.sglang_stream import SGLangStream, StreamOwner
 from omnigrpo.rollout.weight_buckets import WeightBuckets
-from omnigrpo.rollout.weight_publisher import WeightPublisher
+from omnigrpo.rollout.weight_publisher import Content, WeightPublisher, memory_tags, nothing
 from omnigrpo.schema import Completion
 
 T = TypeVar("T")
 
-_ROWS_KEPT_BACK = 2
-"""Rows of context and cache that SGLang gives to nobody; beyond them it would shorten a completion in silence."""
-_INPUT_KEPT_BACK = 7
-"""The same for a prompt alone."""
+_log = logging.getLogger(__name__)
 
 
 class ServerEngine:
@@ -78,7 +79,10 @@ class ServerEngine:
         self._model = model
         self._keys = MediaKeys()
         self._sender = MediaSender(mode=self._config.media, recipe=media or MediaConfig(), keys=self._keys)
+        self._run = uuid.uuid4().hex[:8]
+        """In the labels of versions, so that no server passes which was started anew or has another run's weights."""
         self._version: int | None = None
+        """Of the weights that all servers in rotation hold; None when that is not known."""
         self._paused = self._released = False
         self._under_way = 0
         self._counters = RolloutCounters()
@@ -112,9 +116,7 @@ class ServerEngine:
     def generate(self, requests: Sequence[GroupRequest], sampling: SamplingParams) -> SGLangStream:
         """Begin to draw the samples of every request; see ``Sampler.generate``."""
         if self._version is None:
-            raise RolloutError(
-                "the rollout servers hold weights of an earlier run: publish the policy's before generate"
-            )
+            raise _unknown_weights()
         if self._released:
             raise RolloutError("the servers' memory is released: call restore_memory before generate")
         if not self._pool.servers:
@@ -135,7 +137,8 @@ class ServerEngine:
         """Send what the servers hold of these, once nothing is under way; towers stay as they are.
 
         Raises RolloutError for a weight that does not fit (nothing has changed then), while paused with samples under
-        way, and when no server has taken them all.
+        way, when no server has taken them all, and when this side fails: then nothing is generated until a ``publish``
+        has brought them all.
         """
         chosen = self._buckets.choose(weights)
         if self._paused and self._admission.num_inside:
@@ -149,17 +152,18 @@ class ServerEngine:
 
     def pause(self) -> None:
         """Stop drawing tokens; KV rows of what is under way stay."""
-        self._command("pause_generation", {"mode": "in_place"})
+        self._command("pause_generation", lambda _: {"mode": "in_place"})
         self._paused = True
 
     def resume(self) -> None:
         """Go on after ``pause``."""
-        self._command("continue_generation", {})
+        self._command("continue_generation", nothing)
         self._paused = False
 
     def release_memory(self) -> None:
-        """Free weights and KV cache of servers that were started with ``--enable-memory-saver``; nothing elsewhere.
+        """Free what servers that were started with ``omnigrpo serve --memory-saver`` can restore: KV cache and weights.
 
+        With SGLang's ``--enable-memory-saver`` alone it is the KV cache, and without it nothing.
         Raises RolloutError while samples are under way.
         """
         if self._admission.num_inside:
@@ -167,14 +171,14 @@ class ServerEngine:
                 "samples are under way: read the stream to its end, or close it, before release_memory"
             )
         if not self._released:
-            self._command(self._publisher.idle_command, {})
-            self._command("release_memory_occupation", {})
+            self._command(self._publisher.idle_command, nothing)
+            self._command("release_memory_occupation", memory_tags)
             self._released = True
 
     def restore_memory(self) -> None:
         """Allocate again what ``release_memory`` freed."""
         if self._released:
-            self._command("resume_memory_occupation", {})
+            self._command("resume_memory_occupation", memory_tags)
             self._released = False
 
     def close(self) -> None:
@@ -201,7 +205,7 @@ class ServerEngine:
             decoder, self._dtype, self._config.bucket_mib << 20, others=self._shapes_beside_decoder()
         )
         if all(info.version in (UNPUBLISHED, "0") for info in infos):
-            await self._publisher.publish([], self._dtype, 0)
+            await self._publisher.publish([], self._dtype, self._label(0))
             self._version = 0
         self._watcher = asyncio.ensure_future(self._watch())
 
@@ -216,7 +220,14 @@ class ServerEngine:
             await asyncio.sleep(self._config.watch_seconds)
             async with self._watching:
                 if self._under_way and not self._paused:
-                    await self._pool.watch(failures)
+                    await self._look(failures)
+
+    async def _look(self, failures: dict[str, int]) -> None:
+        """One look at every server; what goes wrong with it is told, and the next one comes."""
+        try:
+            await self._pool.watch(failures)
+        except (RolloutError, ServerLostError) as error:
+            _log.warning("the rollout servers could not be looked after: %s", error)
 
     async def _group(self, request: GroupRequest, sampling: SamplingParams) -> tuple[Completion, ...]:
         """Draw what is missing of one group, on another server when its own is lost."""
@@ -231,7 +242,7 @@ class ServerEngine:
                     self._under_way -= 1
             for sample, generated in drawn.items():
                 done[sample] = completion_of(generated, request.begun_by(sample), sampling)
-            self._count(request, drawn.values())
+            self._counters = counted(self._counters, request, drawn.values())
         return tuple(done[i] for i in range(len(request.seeds)))
 
     async def _draw_somewhere(
@@ -239,34 +250,35 @@ class ServerEngine:
     ) -> dict[int, Generated]:
         """All the missing samples from one server: what an attempt that failed had drawn is forgotten."""
         problem: Exception | None = None
+        if (version := self._version) is None:
+            raise _unknown_weights()
         for _ in range(self._config.attempts):
             if not self._pool.servers:
                 raise self._pool.error()
             try:
-                drawn = await self._draw(request, sampling, missing)
+                drawn = await self._draw(request, sampling, missing, version)
                 _check_stops(request, sampling, drawn.values())
                 for sample, generated in drawn.items():
                     check_sharing(request, sample, generated)
-                if all(generated.version == self._version for generated in drawn.values()):
+                if all(generated.version == version for generated in drawn.values()):
                     return drawn
-                problem = RolloutError(
-                    f"{request.name} was drawn by weights other than version {self._version}"
+                problem = OtherWeightsError(
+                    f"{request.name} was drawn by weights other than version {version}"
                 )
-            except ServerLostError as error:
+            except (ServerLostError, OtherWeightsError) as error:
                 problem = error
-            await self._pool.check(str(self._version))
+            await self._pool.check(self._label(version))
         raise RolloutError(
             f"{request.name} could not be drawn in {self._config.attempts} attempts, the last of which ended so: "
             f"{problem}"
         ) from problem
 
     async def _draw(
-        self, request: GroupRequest, sampling: SamplingParams, missing: Sequence[int]
+        self, request: GroupRequest, sampling: SamplingParams, missing: Sequence[int], version: int
     ) -> dict[int, Generated]:
         """Draw them by calls that the router sends to one server."""
         ids, route = prompt_ids(request.prefix), uuid.uuid4().hex
-        assert self._version is not None
-        media = await self._sender.media(request.prefix, dtype=self._dtype, version=self._version)
+        media = await self._sender.media(request.prefix, dtype=self._dtype, version=version)
 
         async def draw(tokens: tuple[int, ...], num_samples: int, room: int) -> list[Generated]:
             call = GenerateCall(
@@ -283,7 +295,9 @@ class ServerEngine:
                     timeout_seconds=None,
                 )
             )
-            return [Generated.from_output(o) for o in (answer if num_samples > 1 else [answer])]
+            return [
+                Generated.from_output(o, run=self._run) for o in (answer if num_samples > 1 else [answer])
+            ]
 
         return await draw_group(request, sampling, missing, draw)
 
@@ -301,11 +315,19 @@ class ServerEngine:
 
     async def _publish(self, chosen: Sequence[tuple[str, Tensor]], version: int) -> None:
         async with self._admission.alone(), self._watching:
-            await self._publisher.publish(list(self._buckets.plan(chosen)), self._dtype, version)
+            held, self._version = self._version, None
+            if not chosen:
+                if held is None:
+                    raise _unknown_weights()
+                await self._pool.check(self._label(held))  # One that was started anew would pass from now on.
+            await self._publisher.publish(list(self._buckets.plan(chosen)), self._dtype, self._label(version))
             self._version = version
             self._keys.clear()
 
-    def _command(self, path: str, content: dict[str, object]) -> None:
+    def _label(self, version: int) -> str:
+        return version_label(version, run=self._run)
+
+    def _command(self, path: str, content: Content) -> None:
         """Have every server in rotation do it; one that is gone leaves the rotation."""
         self._loop.run(self._publisher.command(path, content))
 
@@ -318,47 +340,19 @@ class ServerEngine:
         parts = {name: (part_of(name), tuple(parameter.shape)) for name, parameter in named}
         return {name: shape for name, (part, shape) in parts.items() if part not in (*TOWER_PARTS, "llm")}
 
-    def _count(self, request: GroupRequest, drawn: Iterable[Generated]) -> None:
-        tokens = sum(len(generated.token_ids) for generated in drawn)
-        before = self._counters
-        self._counters = dataclasses.replace(
-            before,
-            prefixes_prefilled=before.prefixes_prefilled + 1,
-            prefix_rows=before.prefix_rows + len(request.prefix.inputs.token_ids_P),
-            decode_rows=before.decode_rows + tokens,
-            tokens_generated=before.tokens_generated + tokens,
-        )
-
     def _validate(self, requests: Sequence[GroupRequest], sampling: SamplingParams) -> None:
-        vocabulary = self._model.decoder.vocab_size
-        for token in sampling.stop_token_ids:
-            if token >= vocabulary:
-                raise ValueError(f"stop token {token} is outside the vocabulary of {vocabulary} tokens")
-        input_rows = min(info.input_rows for info in self._pool.servers)
+        decoder = self._model.decoder
+        check_stop_tokens(sampling, decoder)
+        rows = min(info.input_rows for info in self._pool.servers) + INPUT_KEPT_BACK
         for request in requests:
-            self._validate_prefix(request, sampling, input_rows)
+            check_prompt(request, sampling, decoder, limit_rows=rows, limit=f"the {rows} rows of a server")
 
-    def _validate_prefix(self, request: GroupRequest, sampling: SamplingParams, input_rows: int) -> None:
-        width, vocabulary = self._model.decoder.width, self._model.decoder.vocab_size
-        shape, ids_P = tuple(request.prefix.embeddings_PD.shape), request.prefix.inputs.token_ids_P
-        if shape != (len(ids_P), width) or len(ids_P) == 0:
-            raise ValueError(
-                f"{request.name} has embeddings of shape {shape} for {len(ids_P)} rows; expected [P, {width}] with one "
-                "per row and P >= 1"
-            )
-        if request.prefix.inputs.positions_3P is not None:
-            raise ValueError(f"{request.name} has M-RoPE positions; the servers' decoder takes plain ones")
-        rows, new = len(ids_P), sampling.max_new_tokens
-        if rows + new > input_rows + _INPUT_KEPT_BACK - _ROWS_KEPT_BACK or rows > input_rows:
-            raise ValueError(
-                f"{request.name} has {rows} rows, and with {new} new tokens it does not fit: a server takes prompts of "
-                f"{input_rows} rows at most, and {_INPUT_KEPT_BACK - _ROWS_KEPT_BACK} more with the new tokens; "
-                "shorten the prompt, or lower max_new_tokens"
-            )
-        if bool((ids_P >= vocabulary).any()):
-            raise ValueError(
-                f"{request.name} has token {int(ids_P.max())}, outside the vocabulary of {vocabulary}"
-            )
+
+def _unknown_weights() -> RolloutError:
+    return RolloutError(
+        "the rollout servers hold weights of an earlier run, or of a publication that broke off: publish all of the "
+        "policy's before generate"
+    )
 
 
 def _check_stops(request: GroupRequest, sampling: SamplingParams, drawn: Iterable[Generated]) -> None:

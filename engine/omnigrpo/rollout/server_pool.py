@@ -1,7 +1,7 @@
 """Which servers are in rotation, and why the others are not; for one event loop."""
 
 import asyncio
-import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 
 from omnigrpo.model.config import DecoderConfig
@@ -10,6 +10,8 @@ from omnigrpo.rollout.router_process import RouterProcess
 from omnigrpo.rollout.server_client import ServerClient, ServerLostError
 from omnigrpo.rollout.server_config import ServerConfig
 from omnigrpo.rollout.server_probe import ServerInfo, probe, version_of
+
+_log = logging.getLogger(__name__)
 
 _FAILURES = 2
 """Looks in a row that a server may fail before it is given up."""
@@ -117,8 +119,11 @@ class ServerPool:
     async def _take_out(self, url: str, reason: str) -> None:
         self._lost[url] = reason
         if self._alive.pop(url, None) is not None:
-            with contextlib.suppress(ServerLostError):  # A router that is gone is started again without it.
+            try:
                 await self.router.remove(url)
+            except (ServerLostError, RolloutError) as error:
+                # A router that is gone is started again without it; one that keeps it costs a group an attempt.
+                _log.warning("the router did not let go of %s: %s", url, error)
 
     async def _revive_router(self) -> None:
         if not self.router.is_running:

@@ -32,6 +32,8 @@ class ServerInfo:
     dtype: torch.dtype
     version: str
     """Of its weights; UNPUBLISHED for those of its checkpoint."""
+    keeps_weights: bool
+    """Whether it has a copy of them on the host while their memory is released."""
     has_sessions: bool
     """Whether updates of weights must be begun and ended (SGLang 0.5.21 and later)."""
 
@@ -56,6 +58,7 @@ async def probe(
         input_rows=info["max_req_input_len"],
         dtype=dtype,
         version=info["weight_version"],
+        keeps_weights=bool(info.get("enable_memory_saver") and info.get("enable_weights_cpu_backup")),
         has_sessions=await client.has_route(f"{url}/{_SESSION}", timeout_seconds=timeout_seconds),
     )
 

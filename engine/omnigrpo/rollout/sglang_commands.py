@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from omnigrpo.rollout.interface import RolloutError
-from omnigrpo.rollout.sglang_plugin.names import COUNTERS_NAME
+from omnigrpo.rollout.sglang_plugin.names import COUNTERS_NAME, MISFIT
 from omnigrpo.rollout.sglang_requests import GenerateCall, Generated
+from omnigrpo.rollout.sglang_weights import WeightsRefusedError
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -69,7 +70,7 @@ async def update_weights(
     """Copy one bucket of weights into the model; with a version it is the last one, and the prefix cache is emptied.
 
     The bucket is one flat tensor, which the other processes map: shared memory on a CPU, an IPC handle on CUDA.
-    Raises RolloutError when SGLang refuses it.
+    Raises WeightsRefusedError when one does not fit, RolloutError when SGLang refuses it for another reason.
     """
     from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
     from sglang.srt.utils import MultiprocessingSerializer
@@ -89,7 +90,8 @@ async def update_weights(
     )
     accepted, message = await manager.update_weights_from_tensor(request, None)
     if not accepted:
-        raise RolloutError(f"SGLang refused the weights: {message}")
+        refused = WeightsRefusedError if MISFIT in message else RolloutError
+        raise refused(f"SGLang refused the weights: {message}")
     if tensor.is_cuda:
         torch.cuda.ipc_collect()
 

@@ -31,7 +31,8 @@ class SGLangConfig:
     bucket_bytes: int = 512 << 20
     """Bytes of weights published at once; twice as much is alive meanwhile."""
     shared_memory_bytes: int = 1 << 30
-    """Media rows under way between the processes at once, in /dev/shm; at most half of what is free there is used."""
+    """Media rows under way between the processes at once, in /dev/shm; at most half of what is free there at the start
+    is used."""
     start_timeout_seconds: float = 600.0
     """Until the processes have loaded the checkpoint."""
     timeout_seconds: float = 600.0

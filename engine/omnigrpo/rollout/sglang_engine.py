@@ -1,7 +1,5 @@
 """Group rollouts on SGLang in this process: a group's prefix is sent once as rows, and prefilled once."""
 
-import asyncio
-import dataclasses
 import json
 import shutil
 from collections.abc import Coroutine, Iterable, Sequence
@@ -14,6 +12,8 @@ from torch import Tensor
 from omnigrpo.model.checkpoint_format import read_config
 from omnigrpo.rollout import sglang_commands as commands
 from omnigrpo.rollout.admission import Admission, Need
+from omnigrpo.rollout.continued_prompts import check_prompt, check_stop_tokens
+from omnigrpo.rollout.group_calls import counted, draw_group
 from omnigrpo.rollout.interface import (
     GroupRequest,
     RolloutCounters,
@@ -31,21 +31,18 @@ from omnigrpo.rollout.sglang_requests import (
     completion_of,
     media_bytes,
     media_of,
+    missing_samples,
     prompt_ids,
-    room_of,
     sampling_of,
 )
-from omnigrpo.rollout.sglang_stream import SGLangStream, StreamOwner
+from omnigrpo.rollout.sglang_stream import OpenCalls, SGLangStream, StreamOwner
+from omnigrpo.rollout.sglang_weights import SGLangWeights
 from omnigrpo.rollout.weight_buckets import WeightBuckets
 from omnigrpo.schema import Completion
 
 T = TypeVar("T")
 
 _SHARED_MEMORY = Path("/dev/shm")
-_ROWS_KEPT_BACK = 2
-"""Rows of context and cache that SGLang gives to nobody; beyond them it would shorten a completion in silence."""
-_INPUT_KEPT_BACK = 7
-"""The same for a prompt alone."""
 _CPU_ROWS = 1 << 16
 """Of a KV cache whose size nobody gave; a share of the memory would be allocated at once."""
 
@@ -84,13 +81,20 @@ class SGLangEngine:
             start_timeout_seconds=self._config.start_timeout_seconds,
         )
         self._admission = Admission(
-            Need(rows=self._host.capacity_rows, media_bytes=self._config.shared_memory_bytes)
+            Need(
+                rows=self._host.capacity_rows,
+                media_bytes=min(self._config.shared_memory_bytes, free_shared_memory() // 2),
+            )
         )
         self._end_tokens = frozenset(commands.end_tokens(self._host.manager))
         self._keys = MediaKeys()
-        self._version = 0
+        self._weights = SGLangWeights(
+            self._buckets,
+            send=self._send_bucket,
+            name_anew=lambda version: commands.set_version(self._host.manager, version),
+            free_bytes=free_shared_memory if device == "cpu" else None,
+        )
         self._paused = self._released = False
-        self._torn: str | None = None
         self._counters = RolloutCounters()
 
     @property
@@ -114,12 +118,11 @@ class SGLangEngine:
         Raises RolloutError while memory is released, or when /dev/shm has no room for a group's media.
         """
         self._host.check()
-        if self._torn is not None:
-            raise RolloutError(self._torn)
+        self._weights.check()
         if self._released:
             raise RolloutError("SGLang's memory is released: call restore_memory before generate")
         self._validate(requests, sampling)
-        calls: set[str] = set()
+        calls = OpenCalls(self._abort_call)
         futures = {
             self._host.submit(self._group(request, sampling, calls)): index
             for index, request in enumerate(requests)
@@ -128,7 +131,7 @@ class SGLangEngine:
             timeout_seconds=self._config.timeout_seconds,
             is_paused=lambda: self._paused,
             error=self._host.error,
-            abort=lambda: self._abort(calls),
+            abort=lambda: self._close_calls(calls),
         )
         return SGLangStream(futures, [request.name for request in requests], owner)
 
@@ -136,8 +139,8 @@ class SGLangEngine:
         """Take the decoder's weights, once nothing is under way; those of towers, projectors and gate are left out.
 
         Raises RolloutError for a weight that the decoder lacks or of another shape (nothing has changed then), while
-        it is paused with samples under way, and when SGLang fails on the way: if some buckets had arrived by then,
-        it generates nothing until a later ``publish`` has brought them all.
+        it is paused with samples under way, when a bucket does not fit the shared memory, and when SGLang fails on
+        the way. However it ends, once a bucket was sent nothing is generated until a ``publish`` has brought them all.
         """
         chosen = self._buckets.choose(weights)
         if self._paused and self._admission.num_inside:
@@ -194,28 +197,30 @@ class SGLangEngine:
         return self._host.run(coroutine, what=what, timeout_seconds=self._config.timeout_seconds)
 
     async def _group(
-        self, request: GroupRequest, sampling: SamplingParams, calls: set[str]
+        self, request: GroupRequest, sampling: SamplingParams, calls: OpenCalls
     ) -> tuple[Completion, ...]:
-        """Draw what is missing of one group; ``calls`` holds the ids of its calls while they are under way."""
+        """Draw what is missing of one group, unless its stream was closed, or the weights torn, while it waited."""
         begun = [request.begun_by(sample) for sample in range(len(request.seeds))]
-        missing = [i for i, had in enumerate(begun) if had is None or not had.is_finished]
+        missing = missing_samples(request)
         done = {i: had for i, had in enumerate(begun) if had is not None and had.is_finished}
         if not missing:
             return tuple(done[i] for i in range(len(begun)))
         async with self._admission.hold(self._need(request, sampling)):
+            calls.check()
+            self._weights.check()
             drawn = await self._draw(request, sampling, missing, calls)
         for sample, generated in drawn.items():
             check_sharing(request, sample, generated)
             done[sample] = completion_of(generated, begun[sample], sampling)
-        self._count(request, drawn.values())
+        self._counters = counted(self._counters, request, drawn.values())
         return tuple(done[i] for i in range(len(begun)))
 
     async def _draw(
-        self, request: GroupRequest, sampling: SamplingParams, missing: Sequence[int], calls: set[str]
+        self, request: GroupRequest, sampling: SamplingParams, missing: Sequence[int], calls: OpenCalls
     ) -> dict[int, Generated]:
-        """Fresh samples in one call, which prefills their prefix first; begun ones in a call each, after a prefill."""
+        """By calls that end when ``calls`` is closed."""
         ids = prompt_ids(request.prefix)
-        media = media_of(request.prefix, dtype=self._dtype, keys=self._keys, version=self._version)
+        media = media_of(request.prefix, dtype=self._dtype, keys=self._keys, version=self._weights.version)
 
         async def call(tokens: tuple[int, ...], num_samples: int, room: int) -> list[Generated]:
             wanted = GenerateCall(
@@ -224,61 +229,34 @@ class SGLangEngine:
                 num_samples=num_samples,
                 sampling=sampling_of(sampling, room),
             )
-            calls.add(wanted.request_id)
-            try:
+            with calls.under_way(wanted.request_id):
                 return await commands.generate(self._host.manager, wanted)
-            finally:
-                calls.discard(wanted.request_id)
 
-        had = {i: completion for i in missing if (completion := request.begun_by(i)) is not None}
-        fresh = [i for i in missing if i not in had]
-        drawn: dict[int, Generated] = {}
-        if fresh:
-            samples = await call((), len(fresh), room_of(sampling, None))
-            drawn |= dict(zip(fresh, samples, strict=True))
-        elif len(had) > 1:
-            await call((), 1, 0)
-        parts = await asyncio.gather(
-            *(call(part.token_ids, 1, room_of(sampling, part)) for part in had.values())
-        )
-        return drawn | {i: only for i, (only,) in zip(had, parts, strict=True)}
+        return await draw_group(request, sampling, missing, call)
 
     async def _update(self, chosen: Sequence[tuple[str, Tensor]], version: int) -> None:
-        """Send every bucket while nothing is under way; only the last one carries the version."""
+        """Send them while nothing is under way."""
         async with self._admission.alone():
-            if not chosen:
-                await commands.set_version(self._host.manager, version)
-            buckets = list(self._buckets.plan(chosen))
-            for index, bucket in enumerate(buckets):
-                last = index == len(buckets) - 1
-                try:
-                    await commands.update_weights(
-                        self._host.manager,
-                        self._buckets.cast(bucket),
-                        ranks=self._config.tensor_parallel,
-                        version=version if last else None,
-                    )
-                except RolloutError as error:
-                    raise self._half_taken(error, index, len(buckets), version) from error
-            self._version, self._torn = version, None
+            await self._weights.take(chosen, version)
             self._keys.clear()
 
-    def _half_taken(self, error: RolloutError, taken: int, buckets: int, version: int) -> RolloutError:
-        if taken == 0:
-            return RolloutError(f"{error}; SGLang goes on with version {self._version}")
-        self._torn = (
-            f"SGLang holds {taken} of {buckets} buckets of version {version} and the rest of version "
-            f"{self._version}: publish all weights again, or build a new engine"
+    def _send_bucket(
+        self, bucket: Sequence[tuple[str, Tensor]], version: int | None
+    ) -> Coroutine[Any, Any, None]:
+        return commands.update_weights(
+            self._host.manager, bucket, ranks=self._config.tensor_parallel, version=version
         )
-        return RolloutError(f"{error}; {self._torn}")
 
-    def _abort(self, calls: set[str]) -> None:
-        async def abort() -> None:
-            for request_id in tuple(calls):
-                commands.abort(self._host.manager, request_id)
+    def _abort_call(self, request_id: str) -> None:
+        if self._host.is_running:  # Else nobody reads it, and the loop would wait for ever.
+            commands.abort(self._host.manager, request_id)
+
+    def _close_calls(self, calls: OpenCalls) -> None:
+        async def close() -> None:
+            calls.close()
 
         if self._host.is_running:
-            self._run(abort(), what="abort what is under way")
+            self._run(close(), what="abort what is under way")
 
     def _need(self, request: GroupRequest, sampling: SamplingParams) -> Need:
         samples, rows = len(request.seeds), len(request.prefix.inputs.token_ids_P)
@@ -287,31 +265,18 @@ class SGLangEngine:
             media_bytes=(samples + 1) * media_bytes(request.prefix, self._dtype),
         )
 
-    def _count(self, request: GroupRequest, drawn: Iterable[Generated]) -> None:
-        tokens = sum(len(generated.token_ids) for generated in drawn)
-        before = self._counters
-        self._counters = dataclasses.replace(
-            before,
-            prefixes_prefilled=before.prefixes_prefilled + 1,
-            prefix_rows=before.prefix_rows + len(request.prefix.inputs.token_ids_P),
-            decode_rows=before.decode_rows + tokens,
-            tokens_generated=before.tokens_generated + tokens,
-        )
-
     def _validate(self, requests: Sequence[GroupRequest], sampling: SamplingParams) -> None:
-        width, vocabulary = self._decoder.width, self._decoder.vocab_size
-        for token in sampling.stop_token_ids:
-            if token >= vocabulary:
-                raise ValueError(f"stop token {token} is outside the vocabulary of {vocabulary} tokens")
+        check_stop_tokens(sampling, self._decoder)
         hidden = self._end_tokens - set(sampling.stop_token_ids)
         if sampling.stop_token_ids and hidden:
             raise ValueError(
                 f"stop_token_ids are {sampling.stop_token_ids}, but SGLang also ends a completion at the "
                 f"checkpoint's own end tokens {sorted(hidden)}: add them"
             )
-        free = free_shared_memory()
+        free, cache = free_shared_memory(), self._host.capacity_rows
+        limit = f"a context of {self._context} and a cache of {cache} rows"
         for request in requests:
-            self._validate_prefix(request, sampling, width)
+            check_prompt(request, sampling, self._decoder, limit_rows=min(self._context, cache), limit=limit)
             needed = self._need(request, sampling).media_bytes
             if needed > free:
                 raise RolloutError(
@@ -319,28 +284,6 @@ class SGLangEngine:
                     f"per sample, but {free / 2**20:.1f} MiB are free: enlarge it (docker: --shm-size), or draw "
                     "fewer samples per prompt"
                 )
-
-    def _validate_prefix(self, request: GroupRequest, sampling: SamplingParams, width: int) -> None:
-        shape, ids_P = tuple(request.prefix.embeddings_PD.shape), request.prefix.inputs.token_ids_P
-        if shape != (len(ids_P), width) or len(ids_P) == 0:
-            raise ValueError(
-                f"{request.name} has embeddings of shape {shape} for {len(ids_P)} rows; expected [P, {width}] with one "
-                "per row and P >= 1"
-            )
-        if request.prefix.inputs.positions_3P is not None:
-            raise ValueError(f"{request.name} has M-RoPE positions; this engine's decoder takes plain ones")
-        limit, cache = min(self._context, self._host.capacity_rows), self._host.capacity_rows
-        rows, new = len(ids_P), sampling.max_new_tokens
-        if rows + new > limit - _ROWS_KEPT_BACK or rows > limit - _INPUT_KEPT_BACK:
-            raise ValueError(
-                f"{request.name} has {rows} rows, and with {new} new tokens it does not fit a context of "
-                f"{self._context} and a cache of {cache} rows, of which SGLang keeps {_ROWS_KEPT_BACK} (and for a "
-                f"prompt alone {_INPUT_KEPT_BACK}): shorten the prompt, or lower max_new_tokens"
-            )
-        if bool((ids_P >= self._decoder.vocab_size).any()):
-            raise ValueError(
-                f"{request.name} has token {int(ids_P.max())}, outside the vocabulary of {self._decoder.vocab_size}"
-            )
 
 
 def free_shared_memory() -> int:

@@ -22,6 +22,10 @@ _KEY_BITS = 30
 _MODALITIES = {"video_data": ("VIDEO", VIDEO_ROW), "audio_data": ("AUDIO", AUDIO_ROW)}
 
 
+class OtherWeightsError(RolloutError):
+    """A sample was drawn by weights that this run did not publish."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateCall:
     """One call of SGLang."""
@@ -53,8 +57,11 @@ class Generated:
     version: int
 
     @classmethod
-    def from_output(cls, output: Mapping[str, object]) -> "Generated":
-        """Read one of SGLang's dictionaries; RolloutError when its parts do not fit each other."""
+    def from_output(cls, output: Mapping[str, object], *, run: str = "") -> "Generated":
+        """Read one of SGLang's dictionaries.
+
+        Raises RolloutError when its parts do not fit each other, OtherWeightsError when its weights are not the run's.
+        """
         meta = output["meta_info"]
         tokens = output["output_ids"]
         assert isinstance(meta, dict)
@@ -73,8 +80,21 @@ class Generated:
             matched=reason.get("matched"),
             cached_tokens=int(meta["cached_tokens"]),
             retractions=int(meta["num_retractions"]),
-            version=int(meta["weight_version"]),
+            version=version_in(meta["weight_version"], run=run),
         )
+
+
+def version_label(version: int, *, run: str = "") -> str:
+    """What SGLang calls a version of the weights; a ``run`` of its own tells it from those of any other run."""
+    return f"{run}.{version}" if run else str(version)
+
+
+def version_in(label: object, *, run: str = "") -> int:
+    """The version that a label stands for; OtherWeightsError for one that is not the run's."""
+    head, _, digits = str(label).rpartition(".")
+    if head != run or not digits.isdecimal():
+        raise OtherWeightsError(f"a sample was drawn by weights {label!r}, which this run did not publish")
+    return int(digits)
 
 
 class MediaKeys:
@@ -147,6 +167,12 @@ def sampling_of(sampling: SamplingParams, max_new_tokens: int) -> dict[str, obje
     }
 
 
+def missing_samples(request: GroupRequest) -> list[int]:
+    """The samples that are not finished yet."""
+    begun = [request.begun_by(sample) for sample in range(len(request.seeds))]
+    return [i for i, had in enumerate(begun) if had is None or not had.is_finished]
+
+
 def room_of(sampling: SamplingParams, begun: Completion | None) -> int:
     """Tokens that this call may add to a sample."""
     rest = sampling.max_new_tokens - (len(begun.token_ids) if begun else 0)
@@ -177,9 +203,12 @@ def completion_of(generated: Generated, begun: Completion | None, sampling: Samp
 def check_sharing(request: GroupRequest, sample: int, generated: Generated) -> None:
     """Raise RolloutError unless this sample found the group's prefix in the cache, all but the row it must compute.
 
-    A sample alone has nobody to share with. One that lost its KV rows on the way reports another number.
+    One that is drawn alone, or is the only one to begin, computes the prefix itself. One that lost its KV rows on the
+    way reports another number.
     """
-    if len(request.seeds) == 1 or generated.retractions:
+    missing = missing_samples(request)
+    fresh = [i for i in missing if request.begun_by(i) is None]
+    if [sample] in (missing, fresh) or generated.retractions:
         return
     rows, begun = len(request.prefix.inputs.token_ids_P), request.begun_by(sample)
     own = len(begun.token_ids) if begun else 0

@@ -1,9 +1,11 @@
 """The groups of one call, from SGLang's event loop to whoever reads them."""
 
+import asyncio
 import concurrent.futures
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from omnigrpo.rollout.interface import FinishedGroup, RolloutError
@@ -25,7 +27,41 @@ class StreamOwner:
     error: Callable[[], RolloutError]
     """Why the engine ended."""
     abort: Callable[[], None]
-    """End what is under way of this call."""
+    """End what is under way of this call, and let nothing more of it begin."""
+
+
+class OpenCalls:
+    """The calls under way of one stream, by their ids; for one event loop."""
+
+    def __init__(self, abort: Callable[[str], None]) -> None:
+        """``abort`` ends a call."""
+        self._abort = abort
+        self._ids: set[str] = set()
+        self._is_closed = False
+
+    def check(self) -> None:
+        """Raise RolloutError when no call may begin any more."""
+        if self._is_closed:
+            raise RolloutError("the stream of these samples was closed")
+
+    @contextmanager
+    def under_way(self, request_id: str) -> Iterator[None]:
+        """Around a call, which is aborted when the body is cancelled; raises as ``check`` does."""
+        self.check()
+        self._ids.add(request_id)
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._abort(request_id)
+            raise
+        finally:
+            self._ids.discard(request_id)
+
+    def close(self) -> None:
+        """Abort them all; none begins afterwards."""
+        self._is_closed = True
+        for request_id in tuple(self._ids):
+            self._abort(request_id)
 
 
 class SGLangStream:

@@ -81,8 +81,8 @@ class WeightGroup:
             size += server.devices
         return await self._together(calls, lambda: self._build(backend, size))
 
-    async def send(self, bucket: Bucket, *, version: int | None) -> Problems:
-        """Broadcast one bucket; with a version it is the last one. Returns what went wrong, by server.
+    async def send(self, bucket: Bucket, *, label: str | None) -> Problems:
+        """Broadcast one bucket; with a label of the version it is the last one. Returns what went wrong, by server.
 
         The servers forget their prefixes with the last bucket.
         """
@@ -93,8 +93,8 @@ class WeightGroup:
             "shapes": [list(tensor.shape) for _, tensor in bucket],
             "group_name": self._name,
             "load_format": "flattened_bucket",
-            "flush_cache": version is not None,
-            "weight_version": None if version is None else str(version),
+            "flush_cache": label is not None,
+            "weight_version": label,
         }
         calls = {
             server.url: self._client.post(
@@ -124,7 +124,13 @@ class WeightGroup:
         tasks = {url: asyncio.ensure_future(call) for url, call in calls.items()}
         mine = asyncio.get_running_loop().run_in_executor(None, own)
         waited = {*tasks.values(), mine}
-        await asyncio.wait(waited, return_when=asyncio.FIRST_EXCEPTION)
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_EXCEPTION)
+        except asyncio.CancelledError:
+            self._abandon()
+            for task in tasks.values():
+                task.cancel()
+            raise
         if any(task.done() and task.exception() for task in waited):
             await asyncio.wait(waited, timeout=_GRACE_SECONDS)
             self._abandon()  # Whoever waits for a rank that is gone gets an error now.
@@ -132,7 +138,11 @@ class WeightGroup:
         problems = {
             url: problem for url, task in tasks.items() if (problem := _problem(url, task)) is not None
         }
-        if not problems and (error := mine.exception()) is not None:
+        if problems:
+            return problems
+        if not mine.done():
+            raise RolloutError("the weights could not be sent: this side of the transfer does not end")
+        if (error := mine.exception()) is not None:
             raise RolloutError(f"the weights could not be sent: {error}") from error
         return problems
 

@@ -57,6 +57,10 @@ class WeightBuckets:
         if bucket:
             yield bucket
 
+    def size_bytes(self, bucket: Sequence[tuple[str, Tensor]]) -> int:
+        """Of a bucket in the engine's dtype."""
+        return sum(tensor.numel() for _, tensor in bucket) * self._dtype.itemsize
+
     def cast(self, bucket: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """The bucket in the engine's dtype, without gradients."""
         return [(name, tensor.detach().to(self._dtype)) for name, tensor in bucket]

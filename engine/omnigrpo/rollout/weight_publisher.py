@@ -1,7 +1,7 @@
 """Brings all servers of a pool to one version of the weights; those that cannot follow leave the rotation."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,6 +11,19 @@ from omnigrpo.rollout.server_config import ServerConfig
 from omnigrpo.rollout.server_pool import ServerPool
 from omnigrpo.rollout.server_probe import ServerInfo
 from omnigrpo.rollout.weight_broadcast import Bucket, Problems, WeightGroup
+
+Content = Callable[[ServerInfo], dict[str, object]]
+"""What a server is sent with a command."""
+
+
+def nothing(info: ServerInfo) -> dict[str, object]:
+    """For a command that needs no content."""
+    return {}
+
+
+def memory_tags(info: ServerInfo) -> dict[str, object]:
+    """What a server is to release, and to restore: without a copy on the host its weights would be lost."""
+    return {} if info.keeps_weights else {"tags": ["kv_cache"]}
 
 
 class WeightPublisher:
@@ -28,16 +41,26 @@ class WeightPublisher:
         """
         return f"flush_cache?timeout={self._config.update_timeout_seconds}"
 
-    async def publish(self, buckets: Sequence[Bucket], dtype: torch.dtype, version: int) -> None:
+    async def publish(self, buckets: Sequence[Bucket], dtype: torch.dtype, label: str) -> None:
         """Send them, in the servers' dtype, to every server that answers, those included that had left the rotation.
 
-        Nothing may be under way. A server that fails is left out, and the others get everything anew. Raises
-        RolloutError when none has taken it.
+        Nothing may be under way. A server that fails is left out, and the others get everything anew. Without buckets
+        only the label of the version changes, and nobody returns, as weights that were missed stay so. Raises
+        RolloutError when none has taken it, or when this side fails: what the servers hold is unknown then.
         """
-        returning = await self._pool.returning()
+        try:
+            await self._publish(buckets, dtype, label)
+        except ServerLostError as error:
+            raise RolloutError(f"the router did not take the servers back: {error}") from error
+        except BaseException:
+            await self._drop_group()  # Of no use after a transfer that broke off.
+            raise
+
+    async def _publish(self, buckets: Sequence[Bucket], dtype: torch.dtype, label: str) -> None:
+        returning = await self._pool.returning() if buckets else []
         targets = {info.url: info for info in (*self._pool.servers, *returning)}
         while targets:
-            problems = await self._attempt(tuple(targets.values()), buckets, dtype, version)
+            problems = await self._attempt(tuple(targets.values()), buckets, dtype, label)
             if not problems:
                 await self._pool.put_back([info for info in returning if info.url in targets])
                 return
@@ -47,7 +70,7 @@ class WeightPublisher:
             targets = {url: info for url, info in targets.items() if url not in guilty}
         raise self._pool.error()
 
-    async def command(self, path: str, content: dict[str, object]) -> None:
+    async def command(self, path: str, content: Content) -> None:
         """Have every server in rotation do something; one that does not answer leaves the rotation.
 
         Raises RolloutError when one refuses, or none is left.
@@ -70,12 +93,12 @@ class WeightPublisher:
         targets: Sequence[ServerInfo],
         buckets: Sequence[Bucket],
         dtype: torch.dtype,
-        version: int,
+        label: str,
     ) -> Problems:
-        if problems := await self._each(targets, self.idle_command, {}):
+        if problems := await self._each(targets, self.idle_command, nothing):
             return problems
         if not buckets:
-            return await self._each(targets, "update_weight_version", {"new_version": str(version)})
+            return await self._each(targets, "update_weight_version", lambda _: {"new_version": label})
         if self._group is None or {s.url for s in self._group.servers} != {s.url for s in targets}:
             await self._drop_group()
             self._group = WeightGroup(
@@ -88,22 +111,22 @@ class WeightPublisher:
             if problems := await self._group.join():
                 return problems
         sessions = [info for info in targets if info.has_sessions]
-        if problems := await self._each(sessions, "begin_weight_update", {}):
+        if problems := await self._each(sessions, "begin_weight_update", nothing):
             return problems
         for index, bucket in enumerate(buckets):
             last = index == len(buckets) - 1
             cast = [(name, tensor.to(dtype)) for name, tensor in bucket]
-            if problems := await self._group.send(cast, version=version if last else None):
+            if problems := await self._group.send(cast, label=label if last else None):
                 return problems
-        return await self._each(sessions, "end_weight_update", {})
+        return await self._each(sessions, "end_weight_update", nothing)
 
-    async def _each(
-        self, targets: Sequence[ServerInfo], command: str, content: dict[str, object]
-    ) -> Problems:
+    async def _each(self, targets: Sequence[ServerInfo], command: str, content: Content) -> Problems:
         async def one(info: ServerInfo) -> RolloutError | ServerLostError | None:
             try:
                 await self._client.post(
-                    f"{info.url}/{command}", content, timeout_seconds=self._config.update_timeout_seconds
+                    f"{info.url}/{command}",
+                    content(info),
+                    timeout_seconds=self._config.update_timeout_seconds,
                 )
             except (RolloutError, ServerLostError) as error:
                 return error

@@ -35,7 +35,7 @@ def test_a_frozen_server_is_given_up_and_returns_with_the_next_weights(make_engi
     engine.publish(policy.weights(), 1)
 
     assert set(engine.servers) == {server.url for server in servers}
-    assert frozen.get("model_info")["weight_version"] == "1"
+    assert frozen.get("model_info")["weight_version"] == engine._label(1)
     requests = policy.requests(4)
     assert policy.largest_difference(requests, collect(engine.generate(requests, LONG), 4)) < 1e-4
 

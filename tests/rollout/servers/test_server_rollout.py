@@ -70,7 +70,7 @@ def test_generation_follows_published_weights(make_engine, servers, policy, medi
     assert policy.largest_difference(requests, new) < 1e-4
     assert policy.largest_difference(requests, old) > 1e-2, "the weights did change what is drawn"
     assert new[0][0].version_spans == (VersionSpan(version=3, num_tokens=8),)
-    assert [server.get("model_info")["weight_version"] for server in servers] == ["3", "3"]
+    assert [server.get("model_info")["weight_version"] for server in servers] == [engine._label(3)] * 2
 
 
 def test_begun_samples_go_on_where_they_stopped(make_engine, policy):
@@ -90,6 +90,16 @@ def test_begun_samples_go_on_where_they_stopped(make_engine, policy):
     assert [c.token_ids for g in groups for c in g] == [c.token_ids for g in expected for c in g]
     spans = (VersionSpan(version=0, num_tokens=4), VersionSpan(version=1, num_tokens=6))
     assert {c.version_spans for g in groups for c in g} == {spans}
+
+
+def test_a_server_with_weights_of_nobodys_publication_is_not_drawn_from(make_engine, servers, policy):
+    engine = make_engine()
+    servers[1].post("update_weight_version", {"new_version": "0"})  # What one that was started anew says.
+    groups = collect(engine.generate(policy.requests(4), policy.greedy()), 4)
+    assert len(groups) == 4
+    assert engine.servers == (servers[0].url,)
+    engine.publish(policy.weights(), 1)
+    assert set(engine.servers) == {server.url for server in servers}
 
 
 def test_weights_that_do_not_fit_change_nothing(make_engine, policy):

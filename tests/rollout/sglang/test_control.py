@@ -50,10 +50,16 @@ def test_memory_is_not_released_under_way(rig):
     stream.close()
 
 
-def test_closing_a_stream_aborts_it(rig):
-    stream = rig.engine.generate([group(rig.prefix(f"abort {i}"), 4) for i in range(3)], rig.sampling(**LONG))
+def test_closing_a_stream_aborts_it_and_begins_nothing_that_waits_for_room(rig):
+    stream = rig.engine.generate(
+        [group(rig.prefix(f"abort {i}"), 4) for i in range(12)], rig.sampling(**LONG)
+    )
     time.sleep(0.5)
+    inside = rig.engine._admission.num_inside
+    begun = time.monotonic()
     stream.close()
+    assert 0 < inside < 12
+    assert time.monotonic() - begun < 9, "it waits 10 s for groups that do not end"
     assert list(stream) == []
     assert rig.engine._admission.num_inside == 0
     rig.engine.release_memory()  # Refused by SGLang while it runs anything.

@@ -139,6 +139,19 @@ def test_a_budget_leaves_the_rest_for_the_next_call(rig):
     assert all(rows <= sample.cached_tokens < rows + 11 for sample in second)
 
 
+def test_the_only_unfinished_sample_of_a_group_goes_on_after_new_weights(rig):
+    prefix, sampling = rig.prefix("only"), rig.sampling(stop_token_ids=())
+    ((begun,), (done,)) = (
+        rig.draw([group(prefix, 1)], dataclasses.replace(sampling, token_budget=budget))[0]
+        for budget in (4, None)
+    )
+    rig.publish()
+    (samples,) = rig.draw([group(prefix, 3, done, begun, done)], sampling)
+    assert samples[1].token_ids == done.token_ids
+    assert samples[1].cached_tokens < len(prefix.embeddings_PD), "its prefix was computed anew"
+    assert (samples[0], samples[2]) == (done, done)
+
+
 def test_begun_and_fresh_samples_of_one_group(rig):
     prefix, sampling = rig.prefix("mixed"), rig.sampling(max_new_tokens=9, stop_token_ids=())
     (begun,) = rig.draw([group(prefix, 1)], dataclasses.replace(sampling, token_budget=4))

@@ -24,7 +24,7 @@ from omnigrpo.model.config import DecoderConfig
 from omnigrpo.model.parts import part_of
 from omnigrpo.rollout.decoder_shapes import decoder_shapes, geometry_of
 from omnigrpo.rollout.sglang_plugin.encoders import Encoders
-from omnigrpo.rollout.sglang_plugin.names import COUNTERS_NAME, IDENTITY_NAME, PRECOMPUTED_KEY
+from omnigrpo.rollout.sglang_plugin.names import COUNTERS_NAME, IDENTITY_NAME, MISFIT, PRECOMPUTED_KEY
 
 
 class MisfitError(ValueError):
@@ -86,7 +86,7 @@ class HumanOmniQwen2ForCausalLM(nn.Module):
         named = [(name, tensor) for name, tensor in weights if self._encoders or part_of(name) == "llm"]
         problems = [problem for name, tensor in named if (problem := self._problem(name, tensor))]
         if problems:
-            raise MisfitError("weights do not fit HumanOmni: " + "; ".join(problems))
+            raise MisfitError(f"{MISFIT}: {'; '.join(problems)}")
         self.language_model.load_weights([item for item in named if part_of(item[0]) == "llm"])
         if self._encoders:
             self._encoders.load(item for item in named if part_of(item[0]) != "llm")
