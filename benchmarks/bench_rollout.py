@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bandwidth = measured_bandwidth(bench.device, BANDWIDTH_BYTES[args.device] >> (10 if args.smoke else 0))
     bench.notes.append(f"bandwidth ceiling {bandwidth / 1e9:.4g} GB/s")
     with ExitStack() as stack:
-        peers = make_peers(bench, policy, args.prefix, stack)
+        prefix = make_prefix(policy, args.prefix)
+        peers = [*make_peers(policy, prefix), *installed_sglang(bench, policy, prefix, stack)]
         for num_samples in args.samples:
             for num_tokens in args.completion:
                 sizes = Sizes(prompts=1, prefix=args.prefix, samples=num_samples, completion=num_tokens)
@@ -91,24 +92,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return bench.report()
 
 
-def make_peers(bench: Bench, policy: TextPolicy, prefix_rows: int, stack: ExitStack) -> list[Peer]:
-    """The native engine first, then transformers, and SGLang where it is installed; a note says so where it is not."""
-    sizes = Sizes(prompts=1, prefix=prefix_rows, samples=1, completion=1)
+def make_prefix(policy: TextPolicy, num_rows: int) -> Prefix:
+    """A prefix of so many random tokens."""
+    sizes = Sizes(prompts=1, prefix=num_rows, samples=1, completion=1)
     inputs = text_prefix(sizes, policy.decoder.config.vocab_size, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        embeddings_PD = policy.embed_prefixes([inputs])
-    prefix = Prefix(inputs=inputs, embeddings_PD=embeddings_PD)
+        return Prefix(inputs=inputs, embeddings_PD=policy.embed_prefixes([inputs]))
+
+
+def make_peers(policy: TextPolicy, prefix: Prefix) -> tuple[Native, Generate, SharedPrefill]:
+    """The native engine, and transformers in two ways."""
     theirs = transformers_policy(policy).eval()
-    peers: list[Peer] = [
+    return (
         Native(engine=NativeEngine(policy), prefix=prefix),
-        Generate(model=theirs, embeddings_PD=embeddings_PD),
-        SharedPrefill(model=theirs, embeddings_PD=embeddings_PD),
-    ]
+        Generate(model=theirs, embeddings_PD=prefix.embeddings_PD),
+        SharedPrefill(model=theirs, embeddings_PD=prefix.embeddings_PD),
+    )
+
+
+def installed_sglang(bench: Bench, policy: TextPolicy, prefix: Prefix, stack: ExitStack) -> list[Peer]:
+    """SGLang, ended with the stack; none, and a note, where it is not installed."""
     try:
-        peers.append(stack.enter_context(open_sglang(policy, prefix)))
+        return [stack.enter_context(open_sglang(policy, prefix))]
     except ImportError as error:
         bench.notes.append(f"SGLang is left out: {error}")
-    return peers
+        return []
 
 
 def compare(

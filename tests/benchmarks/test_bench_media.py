@@ -50,7 +50,7 @@ def test_smoke(run, tmp_path: Path):
         assert "sequential PyAV" in names[case]
     parts = ["hash", "demux", "plan", "sound", "pictures", "pixels and log-mel"]
     assert names["parts of one clip, GOP 250, k=8"] == names["parts of one clip, GOP 30, k=8"] == parts
-    assert names["threads, 8 clips, k=8"] == ["two threads", "one thread"]
+    assert names["threads, 8 clips, k=8"] == ["two threads", "one thread", "two processes"]
     checks = {check["name"]: check for check in report["checks"]}
     for case in cases:
         assert checks[f"{case}: bytes that differ from sequential decoding"]["value"] == 0

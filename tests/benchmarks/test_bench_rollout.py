@@ -77,7 +77,8 @@ def test_peers_draw_from_the_same_distribution(bench, bench_module):
     policy = bench_module("update_work").TextPolicy(
         bench.SMOKE_CONFIG, device=torch.device("cpu"), dtype=torch.float32
     )
-    native, generate, _ = bench.make_peers(policy.eval(), 12)
+    policy.eval()
+    native, generate, _ = bench.make_peers(policy, bench.make_prefix(policy, 12))
     request = bench_module("rollout_peers").GroupRequest(prefix=native.prefix, seeds=(1, 2))
     sampling = bench_module("rollout_peers").SamplingParams(max_new_tokens=5)
     (group,) = bench_module("rollout_peers").collect(native.engine.generate([request], sampling), 1)
