@@ -108,8 +108,10 @@ def engine(monkeypatch):
     """With version 0, as servers have it that were just started."""
 
     async def opened(self: Any, servers) -> None:
-        self._client, self._pool = Client(), Pool()
-        self._publisher = WeightPublisher(self._client, self._pool, self._config)
+        client: Any = Client()
+        pool: Any = Pool()
+        self._client, self._pool = client, pool
+        self._publisher = WeightPublisher(client, pool, self._config)
         self._watching = asyncio.Lock()
         self._admission = Admission(Need(rows=9, media_bytes=0))
         self._dtype = torch.float32
