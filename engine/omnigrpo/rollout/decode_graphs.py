@@ -68,7 +68,7 @@ class DecodeGraphs:
         self._model = model
         self._made_for: object = None
         self._steps: dict[tuple[GraphSizes, SamplingParams], CapturedStep] = {}
-        self._memory: object = None
+        self._memory = None
         """The memory pool that all graphs share: one runs at a time, and what it gives is copied at once."""
 
     def load(self, rows: DecodeRows, pool: KVPool, sampling: SamplingParams) -> CapturedStep:
