@@ -100,14 +100,15 @@ class Trainer:
 
         metrics = TokenMetrics()
         packs = [self.accumulate(training_pack, metrics) for training_pack in packs]
-        figures = self.compare_rollout(packs)
+        if self.agreement_config.has_limits:
+            self.check_agreement(packs)
         grad_norms = [self.update()]
         for _ in range(1, self.config.iterations):
             packs = [self.accumulate(training_pack, metrics) for training_pack in packs]
             grad_norms.append(self.update())
         self.steps_done += 1
         self.sampler.publish(trained_weights(self.policy), self.steps_done)
-        return self.report(sampled, metrics, figures, grad_norms)
+        return self.report(sampled, metrics, self.compare_rollout(packs), grad_norms)
 
     def build_packs(self, groups: Sequence[Group], rewards: Sequence[GroupRewards]) -> list[TrainingPack]:
         """Pack the groups under the row budget, with advantages, loss weights and reference log-probs."""
@@ -155,18 +156,19 @@ class Trainer:
             return self.optimizer.step()
 
     def compare_rollout(self, packs: Sequence[TrainingPack]) -> Agreement:
-        """Compare the log-probs of trainer and rollout, before the weights change.
-
-        Raises DisagreementError beyond the limits of ``agreement_config``, on every rank when it is so on one.
-        """
+        """Compare the log-probs of the rollout and of the trainer at the start of the step; waits for the device."""
         both = [(p.batch.old_C, p.batch.rollout_C) for p in packs]
         old_C = torch.cat([old_C for old_C, _ in both if old_C is not None] or [torch.empty(0)])
         rollout_C = torch.cat(
             [rollout_C for _, rollout_C in both if rollout_C is not None] or [torch.empty(0)]
         )
-        figures = agreement(old_C, rollout_C, self.agreement_config.bound)
+        return agreement(old_C, rollout_C, self.agreement_config.bound)
+
+    def check_agreement(self, packs: Sequence[TrainingPack]) -> None:
+        """Before the weights change, raise DisagreementError beyond the limits: on every rank when it is so on one."""
+        figures = self.compare_rollout(packs)
         violations = figures.violations(self.agreement_config)
-        if self.agreement_config.has_limits and float(self.world.sum(torch.tensor(float(len(violations))))):
+        if float(self.world.sum(torch.tensor(float(len(violations))))):
             worst = [
                 token
                 for p in packs
@@ -176,7 +178,6 @@ class Trainer:
             for parameter in self.optimizer.parameters:
                 parameter.grad = None
             raise DisagreementError(self.steps_done + 1, figures, violations, worst)
-        return figures
 
     def report(
         self,
@@ -253,7 +254,7 @@ def check_off_policy(rollout: RolloutConfig, objective: ObjectiveConfig) -> None
 
 def trained_weights(model: HumanOmni) -> Iterator[tuple[str, Tensor]]:
     """The weights that training changes, by their names in the checkpoint."""
-    return ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+    return ((name, p.detach()) for name, p in model.trainable_parameters().items())
 
 
 def reward_metrics(rewards: Sequence[GroupRewards]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def _over_servers(policy: HumanOmni, config: RolloutConfig, media: MediaConfig) 
     from omnigrpo.rollout.server_engine import ServerEngine
 
     engine = ServerEngine(config.servers, config.server, model=policy.config, media=media)
-    trained = ((name, p.detach()) for name, p in policy.named_parameters() if p.requires_grad)
+    trained = ((name, p.detach()) for name, p in policy.trainable_parameters().items())
     try:
         engine.publish(trained, 0)
     except RolloutError:
