@@ -319,11 +319,12 @@ def _server_arguments(
 
 
 def _environment(device: str, config: SGLangConfig) -> dict[str, str]:
-    """Variables of SGLang's processes: its cache of tower outputs has no part here."""
+    """Variables of SGLang's processes: its cache of tower outputs has no part here, nor have libraries' warnings."""
     if device == "cpu" and torch.cuda.is_available():
         raise ValueError(
             "the rollout is to run on the CPU, but SGLang takes every CUDA device that torch sees: start this program "
             "with CUDA_VISIBLE_DEVICES= (empty), or set model.device=cuda"
         )
     threads = {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
-    return {"SGLANG_VLM_CACHE_SIZE_MB": "0"} | threads
+    quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"} if config.log_level == "error" else {}
+    return {"SGLANG_VLM_CACHE_SIZE_MB": "0"} | threads | quiet
