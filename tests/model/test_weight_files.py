@@ -183,7 +183,9 @@ def test_a_tokenizer_beyond_the_embedding(checkpoint: Path) -> None:
     tokenizer = load_model(checkpoint).tokenizer
     tokenizer.add_tokens([f"<extra_{i}>" for i in range(500)])
     tokenizer.save_pretrained(checkpoint)
-    with pytest.raises(CheckpointError, match=r"gives '<extra_499>' the id \d+, but the embedding has \d+ rows"):
+    with pytest.raises(
+        CheckpointError, match=r"gives '<extra_499>' the id \d+, but the embedding has \d+ rows"
+    ):
         load_model(checkpoint)
 
 
