@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 DALI_STAMP := $(VENV)/.dali-stamp
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+QWEN_RANKS := $(shell sed -n '/^dashscope==/p' constraints.txt)
 DALI := $(shell sed -n '/^nvidia-dali-/p' constraints.txt)
 PYTHON ?= $(shell for python in python3.11 python3; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
@@ -30,6 +31,7 @@ help: ## List the targets
 
 setup: $(STAMP) ## Create .venv, install the dependencies, build the extension
 
+# Of dashscope the tests read one file, Qwen's vocabulary; what it would import is left out.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found: install one, or name it with make PYTHON=..." >&2; exit 1; }
 	@command -v c++ >/dev/null || { echo "No C++ compiler found: install one (Debian: apt install g++)" >&2; exit 1; }
@@ -37,6 +39,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) $(TORCH) setuptools wheel ninja
 	@$(INSTALL) --no-build-isolation -e ".[dev]"
+	@$(INSTALL) --no-deps $(QWEN_RANKS)
 	@touch $@
 
 # As the extra ``dali``, without building the extension again; where there is no GPU only the tests need it.

@@ -47,6 +47,11 @@ ALLOWED: dict[str, set[str]] = {
     "encode_dataset": {
         "config", "data", "feature_source", "media", "model", "progress", "run", "schema",
     },
+    "generate": {
+        "data", "feature_source", "group_sampler", "media", "model", "prefix_source", "reward", "rollout", "runtime",
+        "schema",
+    },
+    "generate_command": {"generate", "media", "schema"},
     "report": {"evaluate", "media", "metrics", "reward", "runtime", "schema"},
     "probe_table": {"media"},
     "contact_sheet": {"media", "probe_table", "report"},
@@ -57,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"config", "data", "evaluate", "metrics", "model", "progress", "report", "run"},
     "__main__": {"cli"},
     "cli": {
-        "config", "data", "demo", "encode_dataset", "info", "media", "probe", "progress", "report", "rollout", "run",
+        "config", "data", "demo", "encode_dataset", "generate", "generate_command", "info", "media", "probe",
+        "progress", "report", "rollout", "run",
     },
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""

@@ -126,6 +126,62 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    clips: Annotated[list[Path], typer.Argument(help="Clips; a directory stands for those below it.")],
+    mode: Annotated[
+        str, typer.Option(help="video, audio or video_audio: what the model is given.")
+    ] = "video_audio",
+    question: Annotated[str | None, typer.Option(help="Instead of R1-Omni's question.")] = None,
+    gate_tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer of bert-base-uncased, which published checkpoints lack.")
+    ] = None,
+    vision_tower: Annotated[
+        Path | None, typer.Option(help="SigLIP directory, for weights the file lacks.")
+    ] = None,
+    audio_tower: Annotated[
+        Path | None, typer.Option(help="Whisper directory, for weights the file lacks.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per clip.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 2048,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips answered together.")] = 8,
+    aspect: Annotated[
+        str, typer.Option(help="stretch (the reference's inference) or pad (its training).")
+    ] = "stretch",
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is the file's.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Ask a checkpoint about clips: prints label and reasoning (exit status 1 when a clip cannot be used)."""
+    from omnigrpo.generate import GenerateConfig, Generator, inference_media, parse_dtype
+    from omnigrpo.generate_command import run_generate
+    from omnigrpo.rollout.interface import SamplingParams
+
+    settings = GenerateConfig(
+        mode=mode,  # type: ignore[arg-type] - checked there
+        sampling=SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens),
+        samples=samples,
+        batch_size=batch_size,
+        **({} if question is None else {"question": question}),
+    )
+    opened = Generator.open(
+        checkpoint,
+        gate_tokenizer=gate_tokenizer,
+        vision_tower=vision_tower,
+        audio_tower=audio_tower,
+        device=device,
+        dtype=parse_dtype(dtype),
+        media=inference_media(aspect),
+    )
+    with opened as generator:
+        if not run_generate(generator, clips, settings, as_json=as_json):
+            raise typer.Exit(1)
+
+
+@app.command()
 def encode(
     dataset: Annotated[Path, typer.Argument(help="Dataset JSON.")],
     model: ModelOption = None,

@@ -40,6 +40,10 @@ class ModelConfig:
     """Directory in HumanOmni's layout: model.safetensors, config.json, tokenizer files."""
     gate_tokenizer: Path | None = None
     """Directory of the bert-base-uncased tokenizer, where the checkpoint has no gate_tokenizer/ of its own."""
+    vision_tower: Path | None = None
+    """Directory of the SigLIP tower in transformers' layout, for a checkpoint that lacks its weights."""
+    audio_tower: Path | None = None
+    """Directory of the Whisper encoder in transformers' layout, likewise."""
     reference: Path | None = None
     """Checkpoint of the KL's frozen reference; None takes the starting weights."""
     device: Literal["cpu", "cuda"] = "cpu"

@@ -11,6 +11,7 @@ from typing import TypeVar, get_args
 
 from rich.console import Console
 
+from omnigrpo.media.media_files import media_files
 from omnigrpo.media.probe import ClipProbe, ProbedClip, probe_each
 from omnigrpo.media.sampling import SamplingConfig
 from omnigrpo.probe_table import printable, probe_table
@@ -19,27 +20,6 @@ from omnigrpo.schema import Clip, ClipStatus, Modality
 
 R = TypeVar("R")
 
-MEDIA_SUFFIXES = frozenset(
-    (
-        *(
-            ".3gp",
-            ".avi",
-            ".flv",
-            ".m2ts",
-            ".m4v",
-            ".mkv",
-            ".mov",
-            ".mp4",
-            ".mpeg",
-            ".mpg",
-            ".mts",
-            ".ogv",
-            ".ts",
-        ),
-        *(".webm", ".wmv", ".aac", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma"),
-    )
-)
-"""Extensions of the files that a directory stands for."""
 _PIPE_COLUMNS = 120
 """Width of a table that goes to no terminal."""
 _SHOW_PROGRESS_FROM = 20
@@ -117,21 +97,6 @@ def modalities(names: Sequence[str]) -> tuple[Modality, ...]:
         if name not in known:
             raise ValueError(f"--need takes {' or '.join(known)}, got {name!r}")
     return tuple(modality for modality in known if modality in names)
-
-
-def media_files(paths: Sequence[Path]) -> list[Path]:
-    """The paths, each directory replaced by the media files below it; one without any stays, to be told as such."""
-    files: list[Path] = []
-    for path in paths:
-        is_directory = os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where it may not look)
-        inside = _inside(path) if is_directory else []
-        files.extend(inside or [path])
-    return files
-
-
-def _inside(directory: Path) -> list[Path]:
-    found = (path for path in directory.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES)
-    return sorted(path for path in found if not os.path.isdir(path))  # noqa: PTH112 (does not raise)
 
 
 def as_json(probes: Sequence[ClipProbe]) -> str:

@@ -259,6 +259,8 @@ def _load(config: RunConfig, directory: Path) -> LoadedModel:
         dtype=getattr(torch, config.model.dtype),
         device=config.model.device,
         gate_tokenizer_directory=config.model.gate_tokenizer,
+        vision_tower_directory=config.model.vision_tower,
+        audio_tower_directory=config.model.audio_tower,
     )
 
 

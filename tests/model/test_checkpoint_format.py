@@ -199,7 +199,7 @@ def test_a_tower_file_must_be_complete_and_hold_nothing_else(model: HumanOmni, t
     save_file(tensors | {"model.norm.weight": torch.zeros(32)}, path)
     with pytest.raises(CheckpointError, match=r"(?s)audio tower: 1 missing .*llm: 1 unexpected"):
         load_towers(model, path)
-    with pytest.raises(CheckpointError, match="do not exist"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         load_towers(model, tmp_path / "none.safetensors")
 
 

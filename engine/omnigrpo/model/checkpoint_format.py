@@ -1,7 +1,8 @@
 """Reads and writes HumanOmni checkpoints in the reference's layout.
 
-A directory holds ``model.safetensors`` (reference names; a tied head is not stored), ``config.json``, the
-tokenizer's files, and the gate's tokenizer in ``gate_tokenizer/``.
+A directory holds ``model.safetensors`` (reference names; a tied head is not stored) or its shards with an index,
+``config.json``, the tokenizer's files, and the gate's tokenizer in ``gate_tokenizer/``. The published directories have
+no ``gate_tokenizer/``: the tokenizer of bert-base-uncased must be given beside them.
 """
 
 import hashlib
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,19 +20,25 @@ from omnigrpo.model.config import HumanOmniConfig
 from omnigrpo.model.config_json import from_json, to_json
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.parts import PART_PREFIXES, TOWER_PARTS, part_of, unused_prefixes, used_tower_names
+from omnigrpo.model.tower_files import audio_tower_tensors, vision_tower_tensors
+from omnigrpo.model.weight_files import (
+    WEIGHTS_FILE,
+    CheckpointError,
+    StoredTensor,
+    read_tensors,
+    stored_checkpoint,
+    stored_tensors,
+    weights_path,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 GATE_TOKENIZER_DIRECTORY = "gate_tokenizer"
 _HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 _NAMES_SHOWN = 4
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit; the message names the file, the part and the tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,38 +85,41 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     gate_tokenizer_directory: Path | None = None,
+    vision_tower_directory: Path | None = None,
+    audio_tower_directory: Path | None = None,
 ) -> LoadedModel:
     """Load a checkpoint; ``dtype`` None keeps the file's. BERT and the towers are frozen, as in a new model.
 
-    ``gate_tokenizer_directory`` replaces ``gate_tokenizer/``, which the published checkpoint does not have.
+    Names and shapes are checked before memory is spent on any weight. ``gate_tokenizer_directory`` replaces
+    ``gate_tokenizer/``, which the published checkpoint does not have; a tower's directory, in transformers' layout,
+    gives what the checkpoint lacks of that tower.
 
     Raises:
-        CheckpointError: an absent file, a tensor missing, unexpected or of another shape (reported by part).
+        CheckpointError: an absent file, a tensor missing, unexpected or of another shape (reported by part), or a
+            tokenizer whose ids the embedding does not reach.
     """
-    config, weights_path = read_config(directory), directory / WEIGHTS_FILE
-    _check_is_there(weights_path)
+    config = read_config(directory)
+    found = stored_checkpoint(directory)
+    towers = vision_tower_tensors(vision_tower_directory) if vision_tower_directory else {}
+    towers |= audio_tower_tensors(audio_tower_directory) if audio_tower_directory else {}
     with torch.device("meta"):
         model = HumanOmni(config)
     expected = model.state_dict()
-    found = _read(weights_path)
     if _HEAD not in expected:
         found.pop(_HEAD, None)
-    _check(expected, found, weights_path, may_lack=unused_prefixes(config.vision))
-    dtype = dtype or found["model.embed_tokens.weight"].dtype
-    # Copied out of the mapped file, which may later be replaced and whose tensors need not be aligned.
-    weights = {
-        name: torch.zeros(tensor.shape, dtype=dtype, device=device)
-        if name not in found
-        else found[name].to(device, dtype, copy=True)
-        for name, tensor in expected.items()
-    }
+    found = {name: stored for name, stored in towers.items() if name in expected} | found
+    _check(expected, found, weights_path(directory), may_lack=unused_prefixes(config.vision))
+    tokenizer = _load_tokenizer(directory)
+    _check_tokenizer(tokenizer, config, directory)
+    gate_tokenizer = _load_tokenizer(gate_tokenizer_directory or directory / GATE_TOKENIZER_DIRECTORY)
+    dtype = dtype or found[_EMBEDDING].dtype
+    weights = read_tensors(found, dtype=dtype, device=device)
+    for name, tensor in expected.items():
+        if name not in weights:
+            weights[name] = torch.zeros(tensor.shape, dtype=dtype, device=device)
     model.load_state_dict(weights, assign=True)
     _restore_buffers(model, device)
-    return LoadedModel(
-        model=model,
-        tokenizer=_load_tokenizer(directory),
-        gate_tokenizer=_load_tokenizer(gate_tokenizer_directory or directory / GATE_TOKENIZER_DIRECTORY),
-    )
+    return LoadedModel(model=model, tokenizer=tokenizer, gate_tokenizer=gate_tokenizer)
 
 
 def read_config(directory: Path) -> HumanOmniConfig:
@@ -136,13 +145,11 @@ def load_towers(model: HumanOmni, path: Path) -> None:
     Raises:
         CheckpointError: as ``load_model``, or for a tensor of any other part.
     """
-    if not path.is_file():
-        raise CheckpointError(f"tower weights {path} do not exist: check the path")
     state = model.state_dict()
     expected = {name: tensor for name, tensor in state.items() if part_of(name) in TOWER_PARTS}
-    found = _read(path)
+    found = stored_tensors(path)
     _check(expected, found, path, may_lack=unused_prefixes(model.config.vision))
-    for name, tensor in found.items():
+    for name, tensor in read_tensors(found, dtype=state[_EMBEDDING].dtype, device="cpu").items():
         state[name].copy_(tensor)
 
 
@@ -164,22 +171,18 @@ def _check_is_there(path: Path) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-
-
 def _check(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path, *, may_lack: tuple[str, ...]
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, StoredTensor],
+    path: Path,
+    *,
+    may_lack: tuple[str, ...],
 ) -> None:
     missing = [name for name in expected if name not in found and not name.startswith(may_lack)]
     unexpected = [name for name in found if name not in expected]
     problems = [*_by_part("missing", missing), *_by_part("unexpected", unexpected)]
     problems += [
-        f"{part_of(name)}: {name} has shape {tuple(found[name].shape)}, the model needs {tuple(tensor.shape)}"
+        f"{part_of(name)}: {name} has shape {found[name].shape}, the model needs {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
@@ -213,11 +216,31 @@ def _restore_buffers(model: nn.Module, device: torch.device | str) -> None:
 
 
 def _load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
-    from transformers import PreTrainedTokenizerFast
+    """From ``tokenizer.json``, else from the vocabulary files of Qwen2 or BERT."""
+    from transformers import BertTokenizerFast, PreTrainedTokenizerFast, Qwen2TokenizerFast
 
-    if not (directory / "tokenizer.json").is_file():
+    readers = {
+        "tokenizer.json": PreTrainedTokenizerFast,
+        "merges.txt": Qwen2TokenizerFast,
+        "vocab.txt": BertTokenizerFast,
+    }
+    for file, reader in readers.items():
+        if (directory / file).is_file():
+            try:
+                return reader.from_pretrained(directory, local_files_only=True)
+            # The tokenizers library raises bare exceptions for files it cannot parse.
+            except Exception as error:
+                raise CheckpointError(f"{directory / file} is no readable tokenizer: {error}") from error
+    raise CheckpointError(
+        f"{directory} holds no tokenizer.json; for the gate of the published checkpoint, give a "
+        "directory with the bert-base-uncased tokenizer as the gate tokenizer directory (model.gate_tokenizer)"
+    )
+
+
+def _check_tokenizer(tokenizer: "PreTrainedTokenizerFast", config: HumanOmniConfig, directory: Path) -> None:
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= config.decoder.vocab_size:
         raise CheckpointError(
-            f"{directory} holds no tokenizer.json; for the gate of the published checkpoint, give a "
-            "directory with the bert-base-uncased tokenizer as the gate tokenizer directory"
+            f"{directory}: the tokenizer gives {token!r} the id {largest}, but the embedding has "
+            f"{config.decoder.vocab_size} rows: use the tokenizer that belongs to the checkpoint"
         )
-    return PreTrainedTokenizerFast.from_pretrained(directory)

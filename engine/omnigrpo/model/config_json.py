@@ -69,6 +69,7 @@ _FIXED = {
     "use_sliding_window": False,
 }
 _MUST_EQUAL = (
+    "model_type",
     "hidden_act",
     "mm_projector_type",
     "mm_audio_projector_type",

@@ -30,6 +30,7 @@ class Preset(StrEnum):
 
 _ANSWER_ON_ONE_LINE = re.compile(r"<answer>(.*?)</answer>")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _BLOCKS = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _FILLED_BLOCKS = re.compile(r"\s*<think>.*?\S.*?</think>\s*<answer>.*?\S.*?</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -89,6 +90,12 @@ def first_answer(text: str) -> str:
     """
     match = _ANSWER.search(text)
     return (match.group(1) if match else text).strip()
+
+
+def reasoning_of(text: str) -> str | None:
+    """What the first ``<think>`` block holds, stripped; None without one."""
+    match = _THINK.search(text)
+    return match.group(1).strip() if match else None
 
 
 def _reference_answer(text: str) -> str:
