@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "metrics": set(),
     "runtime": set(),
+    "emotion_wheel": set(),
     "schema": {"omnigrpo_kernels"},
     "algorithm": {"omnigrpo_kernels", "schema"},
     "media": {"omnigrpo_kernels", "schema"},
