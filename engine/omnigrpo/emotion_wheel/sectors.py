@@ -56,7 +56,7 @@ def _check_new_sector(cells: list[str], place: str) -> None:
     for depth in (0, 1):
         if cells[depth] and not all(cells[depth + 1 :]):
             raise WheelError(
-                f"{place}: the sector {cells[depth]!r} is empty; give level{depth + 2} and what follows it in the same row"
+                f"{place}: the sector {cells[depth]!r} is empty; give level{depth + 2} in the same row"
             )
 
 
