@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": set(),
     "runtime": set(),
     "emotion_wheel": set(),
+    "judge": set(),
     "schema": {"omnigrpo_kernels"},
     "algorithm": {"omnigrpo_kernels", "schema"},
     "media": {"omnigrpo_kernels", "schema"},
