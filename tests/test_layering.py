@@ -16,6 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "metrics": set(),
     "runtime": set(),
+    "emotion_wheel": set(),
+    "judge": set(),
     "schema": {"omnigrpo_kernels"},
     "algorithm": {"omnigrpo_kernels", "schema"},
     "media": {"omnigrpo_kernels", "schema"},
@@ -61,9 +63,10 @@ ALLOWED: dict[str, set[str]] = {
     "probe_towers": {"data", "media", "model", "schema"},
     "demo": {"config", "data", "evaluate", "metrics", "model", "progress", "report", "run"},
     "__main__": {"cli"},
+    "wheel_commands": {"emotion_wheel"},
     "cli": {
         "config", "data", "demo", "encode_dataset", "generate", "generate_command", "info", "media", "probe",
-        "progress", "report", "rollout", "run",
+        "progress", "report", "rollout", "run", "wheel_commands",
     },
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from omnigrpo import wheel_commands
+
 app = typer.Typer(
     name="omnigrpo",
     help="Train video+audio language models by GRPO with verifiable rewards.",
@@ -15,6 +17,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(wheel_commands.app, name="wheel")
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; see presets/.")]
 SetOption = Annotated[
