@@ -32,8 +32,8 @@ def as_xlsx(directory: Path) -> None:
             for row in csv.reader(file):
                 book.active.append([cell.title() or None for cell in row] if row[0] != "level1" else row)
         if path.stem == "synonym":
-            for cell in book.active[1]:
-                cell.value = str(cell.value).lower()
+            for number, cell in enumerate(book.active[1], start=1):
+                book.active.cell(1, number, str(cell.value).lower())
         book.save(path.with_suffix(".xlsx"))
         path.unlink()
 

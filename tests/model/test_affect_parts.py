@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from omnigrpo.model.affect_config import AffectGPTConfig, HubertConfig, tiny_affect
 from omnigrpo.model.affect_fusion import AffectFusion
@@ -52,8 +52,8 @@ def test_the_released_models_adapters_have_their_size() -> None:
 def test_clip_equals_transformers() -> None:
     torch.manual_seed(0)
     tower = ClipTower(TINY.vision).eval()
-    clip = CLIPModel._from_config(
-        CLIPModel.config_class(
+    clip = CLIPModel(
+        CLIPConfig(
             vision_config=tower.model.config.to_dict(),
             text_config={},
             projection_dim=TINY.vision.projection_width,

@@ -67,7 +67,7 @@ def peft_twin(decoder: Qwen2Decoder, base: Qwen2Decoder, config: LoRAConfig):
             num_attention_heads=CONFIG.num_heads,
             num_key_value_heads=CONFIG.num_kv_heads,
             intermediate_size=CONFIG.ffn_width,
-            rope_theta=CONFIG.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
             rms_norm_eps=CONFIG.rms_norm_eps,
         )
     ).double()

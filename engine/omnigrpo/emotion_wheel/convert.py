@@ -162,7 +162,8 @@ def _csv_rows(path: Path) -> Iterator[list[Any]]:
 
 def _xlsx_rows(path: Path) -> Iterator[tuple[Any, ...]]:
     try:
-        import openpyxl
+        from openpyxl import load_workbook
+        from openpyxl.utils.exceptions import InvalidFileException
     except ImportError as error:
         raise ImportError(
             f"reading {path} needs openpyxl: pip install openpyxl, or save it as CSV"
@@ -170,8 +171,8 @@ def _xlsx_rows(path: Path) -> Iterator[tuple[Any, ...]]:
     from zipfile import BadZipFile
 
     try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (BadZipFile, KeyError, openpyxl.utils.exceptions.InvalidFileException) as error:
+        book = load_workbook(path, read_only=True, data_only=True)
+    except (BadZipFile, KeyError, InvalidFileException) as error:
         raise WheelError(f"{path} is no readable xlsx file: {error}") from error
     sheet = book.worksheets[0]
     yield from sheet.iter_rows(values_only=True)

@@ -159,8 +159,7 @@ def _read_cache(path: Path) -> dict[str, Preference]:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             item = json.loads(line)
-            answer = next(p for p in _POINTS if p == item["answer"])
-            answers[str(item["key"])] = answer
+            answers[str(item["key"])] = next(known for known in _POINTS if known == item["answer"])
         except (ValueError, KeyError, TypeError, StopIteration):
             raise ValueError(
                 f"{path}, line {number} is no judge's answer: remove the file, or name another"

@@ -217,12 +217,12 @@ def _restore_buffers(model: nn.Module, device: torch.device | str) -> None:
 
 def _load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """From ``tokenizer.json``, else from the vocabulary files of Qwen2 or BERT."""
-    from transformers import BertTokenizerFast, PreTrainedTokenizerFast, Qwen2TokenizerFast
+    from transformers import BertTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    readers = {
+    readers: dict[str, type[PreTrainedTokenizerFast]] = {
         "tokenizer.json": PreTrainedTokenizerFast,
-        "merges.txt": Qwen2TokenizerFast,
-        "vocab.txt": BertTokenizerFast,
+        "merges.txt": Qwen2Tokenizer,
+        "vocab.txt": BertTokenizer,
     }
     for file, reader in readers.items():
         if (directory / file).is_file():

@@ -326,5 +326,7 @@ def _environment(device: str, config: SGLangConfig) -> dict[str, str]:
             "with CUDA_VISIBLE_DEVICES= (empty), or set model.device=cuda"
         )
     threads = {} if config.threads is None else {"OMP_NUM_THREADS": str(config.threads)}
-    quiet = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"} if config.log_level == "error" else {}
+    quiet = (
+        {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"} if config.log_level == "error" else {}
+    )
     return {"SGLANG_VLM_CACHE_SIZE_MB": "0"} | threads | quiet
