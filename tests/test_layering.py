@@ -49,6 +49,9 @@ ALLOWED: dict[str, set[str]] = {
     "encode_dataset": {
         "config", "data", "feature_source", "media", "model", "progress", "run", "schema",
     },
+    "data_check": {"data", "media", "schema"},
+    "data_check_table": {"data_check"},
+    "data_commands": {"data", "data_check", "data_check_table"},
     "generate": {
         "data", "feature_source", "group_sampler", "media", "model", "prefix_source", "reward", "rollout", "runtime",
         "schema",
@@ -65,8 +68,8 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "wheel_commands": {"emotion_wheel"},
     "cli": {
-        "config", "data", "demo", "encode_dataset", "generate", "generate_command", "info", "media", "probe",
-        "progress", "report", "rollout", "run", "wheel_commands",
+        "config", "data", "data_commands", "demo", "encode_dataset", "generate", "generate_command", "info", "media",
+        "probe", "progress", "report", "rollout", "run", "wheel_commands",
     },
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""

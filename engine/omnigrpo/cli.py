@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from omnigrpo import wheel_commands
+from omnigrpo import data_commands, wheel_commands
 
 app = typer.Typer(
     name="omnigrpo",
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(data_commands.app, name="data")
 app.add_typer(wheel_commands.app, name="wheel")
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; see presets/.")]

@@ -1,22 +1,20 @@
 """Reads datasets in R1-Omni's JSON format."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from omnigrpo.data.dataset_files import DatasetError, read_items
 from omnigrpo.schema import Clip, Modality, Prompt
+
+__all__ = ["INSTRUCTION", "DatasetError", "PromptStyle", "check_responses", "read_dataset"]
 
 INSTRUCTION = "Output the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
 """R1-Omni's request for tagged output, appended to every question."""
 
 _TAGS: dict[str, Modality] = {"<video>": "video", "<audio>": "audio"}
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-
-
-class DatasetError(ValueError):
-    """A dataset file that cannot be used; the message names the file, the item and the field."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,29 +28,19 @@ class PromptStyle:
 
 
 def read_dataset(path: Path, style: PromptStyle, *, media_root: Path | None = None) -> tuple[Prompt, ...]:
-    """Read a list of ``{"video": path, "conversations": [human, gpt]}``.
+    """Read a list of ``{"video": path, "conversations": [human, gpt]}``: JSON, JSON lines, ``{a,b}.json``, or YAML.
 
-    Clip paths are relative to ``media_root``, else to the file's own directory. The human text's ``<video>`` and
-    ``<audio>`` tags say which modalities the prompt asks for. The gpt text is a bare label, or reasoning with an
-    ``<answer>`` tag, which then also is the prompt's response.
+    See ``read_items`` for the forms of file. Clip paths are relative to ``media_root``, else to the file's own
+    directory. The human text's ``<video>`` and ``<audio>`` tags say which modalities the prompt asks for. The gpt text
+    is a bare label, or reasoning with an ``<answer>`` tag, which then also is the prompt's response.
 
     Raises:
-        DatasetError: unreadable JSON, an empty list, an item with a missing or malformed field, or an id that
-            two items have.
+        DatasetError: a file that cannot be read, an empty list, an item with a missing or malformed field, or an id
+            that two items have.
     """
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DatasetError(
-            f"dataset {path} does not exist: check the path (data.train, data.evaluate)"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DatasetError(f"dataset {path} is not valid JSON: {error}") from error
-    if not isinstance(items, list) or not items:
-        raise DatasetError(f"dataset {path} must be a non-empty JSON list, got {_kind(items)}")
-    root = media_root if media_root is not None else path.parent
     prompts = tuple(
-        _prompt(item, f"{path}, item {index}", index, root, style) for index, item in enumerate(items)
+        _prompt(item.content, item.where, index, media_root or item.file.parent, style)
+        for index, item in enumerate(read_items(path))
     )
     _check_ids(prompts, path)
     return prompts
