@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"media", "schema"},
     "reward": {"schema"},
     "rollout": {"feature_source", "media", "model", "omnigrpo_kernels", "runtime", "schema"},
+    "attribution": {"algorithm", "model", "reward", "schema"},
     "evaluate": {"reward", "rollout", "schema"},
     "feature_source": {"media", "model", "runtime", "schema"},
     "prefix_source": {"feature_source", "media", "metrics", "model", "runtime", "schema"},
@@ -41,8 +42,8 @@ ALLOWED: dict[str, set[str]] = {
         "trainer",
     },
     "run": {
-        "algorithm", "config", "data", "evaluate", "group_sampler", "loop", "metrics", "model", "prefix_source",
-        "progress", "reward", "rollout", "runtime", "schema", "sft", "trainer",
+        "algorithm", "attribution", "config", "data", "evaluate", "group_sampler", "loop", "metrics", "model",
+        "prefix_source", "progress", "reward", "rollout", "runtime", "schema", "sft", "trainer",
     },
     "encode_dataset": {
         "config", "data", "feature_source", "media", "model", "progress", "run", "schema",
