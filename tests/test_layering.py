@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"media", "schema"},
     "reward": {"schema"},
     "rollout": {"feature_source", "media", "model", "omnigrpo_kernels", "runtime", "schema"},
-    "attribution": {"algorithm", "model", "reward", "schema"},
+    "attribution": {"algorithm", "model", "omnigrpo_kernels", "report", "reward", "rollout", "schema"},
     "evaluate": {"reward", "rollout", "schema"},
     "feature_source": {"media", "model", "runtime", "schema"},
     "prefix_source": {"feature_source", "media", "metrics", "model", "runtime", "schema"},
@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "data", "feature_source", "media", "model", "progress", "run", "schema",
     },
     "report": {"evaluate", "media", "metrics", "reward", "runtime", "schema"},
+    "attribute": {"attribution", "config", "data", "progress", "rollout", "run", "schema"},
     "probe_table": {"media"},
     "contact_sheet": {"media", "probe_table", "report"},
     "probe": {"contact_sheet", "media", "probe_table", "progress", "schema"},
@@ -58,7 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"config", "data", "evaluate", "metrics", "model", "progress", "report", "run"},
     "__main__": {"cli"},
     "cli": {
-        "config", "data", "demo", "encode_dataset", "info", "media", "probe", "progress", "report", "rollout", "run",
+        "attribute", "attribution", "config", "data", "demo", "encode_dataset", "info", "media", "probe", "progress",
+        "report", "rollout", "run",
     },
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""
