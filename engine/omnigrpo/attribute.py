@@ -173,6 +173,6 @@ def _write(report: AttributionReport, output: Path) -> None:
     text = json.dumps(asdict(report), indent=1, default=str)
     (output / JSON_FILE).write_text(text + "\n", encoding="utf-8")
     (output / MARKDOWN_FILE).write_text(report.markdown(), encoding="utf-8")
-    draw_values(report.summary, output / VALUES_PICTURE)
+    draw_values(report.summary, output / VALUES_PICTURE, unfounded_below=report.config.unfounded_below)
     draw_attention(report.summary, output / ATTENTION_PICTURE)
     draw_clips(report.clips, output / SHAPLEY_PICTURE)

@@ -32,18 +32,21 @@ _LOGPROBS = {
 }
 
 
-def draw_values(summary: DatasetAttribution, path: Path) -> None:
-    """Accuracy by coalition, Shapley values of the answers, and of each label; error bars are standard errors."""
+def draw_values(summary: DatasetAttribution, path: Path, *, unfounded_below: float) -> None:
+    """Accuracy by coalition, Shapley values of answers and by label, and claims; error bars are standard errors."""
     with chart_style(LIGHT, _SETTINGS):
-        figure = Figure(figsize=(12.5, 4.2), layout="constrained", facecolor=LIGHT.panel)
-        accuracy, answers, labels = figure.subplots(1, 3, width_ratios=(0.8, 1, 1.4))
+        figure = Figure(figsize=(11, 7.4), layout="constrained", facecolor=LIGHT.panel)
+        (accuracy, answers), (claims, labels) = figure.subplots(2, 2, width_ratios=(0.8, 1.2))
         _draw_accuracy(accuracy, summary.values[Value.ACCURACY])
         named = {
             words: summary.values[value] for value, words in _LOGPROBS.items() if value in summary.values
         }
         _draw_shapley(answers, named, title="Shapley values, log-probs")
         _draw_shapley(labels, summary.by_label, title="Shapley values by label, gold answer")
-        labels.legend(frameon=False, ncols=2, loc="best")
+        _draw_claims(claims, summary, unfounded_below)
+        figure.legend(
+            *answers.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2
+        )
         figure.savefig(path, dpi=_DPI)
 
 
@@ -90,7 +93,7 @@ def draw_clips(clips: Sequence[ClipAttribution], path: Path) -> None:
         axes.set_xlabel("video, nats")
         axes.set_ylabel("audio, nats")
         axes.set_title("Shapley values of the gold answer, one point per clip", loc="left")
-        axes.legend(frameon=False, loc="best")
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=_DPI)
 
 
@@ -111,6 +114,22 @@ def _draw_shapley(axes: Axes, groups: dict[str, ValueSummary], *, title: str) ->
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("nats")
     axes.set_title(title, loc="left")
+    axes.grid(visible=False, axis="x")
+
+
+def _draw_claims(axes: Axes, summary: DatasetAttribution, unfounded_below: float) -> None:
+    """What sentences about each modality lose when video (blue) and audio (orange) are swapped."""
+    for at, (modality, each) in enumerate(summary.claims.items()):
+        video, audio = (each.drop, each.drop_other) if modality == "video" else (each.drop_other, each.drop)
+        _bar(axes, at - 0.2, 0.38, video, LIGHT.blue, None)
+        _bar(axes, at + 0.2, 0.38, audio, LIGHT.orange, None)
+    names = [
+        f"about {modality}\n{each.unfounded.mean:.0%} unfounded" for modality, each in summary.claims.items()
+    ]
+    axes.axhline(unfounded_below, color=LIGHT.ink, lw=1.0, ls=":")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("nats per token")
+    axes.set_title("What claims lose when a modality is swapped", loc="left")
     axes.grid(visible=False, axis="x")
 
 

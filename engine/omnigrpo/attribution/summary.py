@@ -28,8 +28,8 @@ class Mean:
         return cls(mean=statistics.fmean(numbers), standard_error=error, count=len(numbers))
 
     def __str__(self) -> str:
-        """With its error, e.g. ``0.412 +- 0.031``."""
-        return f"{self.mean:.3f}" + ("" if self.standard_error is None else f" +- {self.standard_error:.3f}")
+        """With its error, e.g. ``0.41 +- 0.03``."""
+        return f"{self.mean:.2f}" + ("" if self.standard_error is None else f" +- {self.standard_error:.2f}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,11 +13,11 @@ from omnigrpo.attribution.shapley import Coalition
 from omnigrpo.attribution.summary import DatasetAttribution, Mean, ValueSummary
 
 UNITS = {
-    Value.ACCURACY: "accuracy of the greedy answer",
-    Value.GOLD: "gold answer, nats (own reasoning of S)",
-    Value.GOLD_FIXED: "gold answer, nats (reasoning held)",
-    Value.OWN_FIXED: "own answer, nats (reasoning held)",
-    Value.REASONING: "reasoning, nats per token",
+    Value.ACCURACY: "accuracy",
+    Value.GOLD: "gold answer",
+    Value.GOLD_FIXED: "gold answer, reasoning held",
+    Value.OWN_FIXED: "own answer, reasoning held",
+    Value.REASONING: "reasoning, per token",
 }
 """Value functions in words."""
 
@@ -34,7 +34,7 @@ class Figures:
         """For a terminal."""
         table = Table(title=self.title, box=box.HORIZONTALS, title_justify="left", pad_edge=False)
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left")
+            table.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -53,7 +53,7 @@ def all_figures(summary: DatasetAttribution) -> list[Figures]:
     """The tables of a data set; those without rows are left out."""
     tables = [
         Figures(
-            title="Value by coalition (the clip's own modalities), mean +- standard error",
+            title="Value by the clip's own modalities: share or nats, mean +- standard error",
             header=("value", *Coalition),
             rows=tuple(
                 (UNITS[value], *(str(each.coalitions[coalition]) for coalition in Coalition))
@@ -61,7 +61,7 @@ def all_figures(summary: DatasetAttribution) -> list[Figures]:
             ),
         ),
         Figures(
-            title="Shapley values",
+            title="Shapley values, in the same units",
             header=("value", "video", "audio", "both - neither"),
             rows=tuple(_shapley_row(UNITS[value], each) for value, each in summary.values.items()),
         ),
@@ -71,8 +71,8 @@ def all_figures(summary: DatasetAttribution) -> list[Figures]:
             rows=tuple(_shapley_row(label, each) for label, each in summary.by_label.items()),
         ),
         Figures(
-            title="Claims of the reasoning when a modality is swapped",
-            header=("about", "claims", "unfounded", "drop, nats per token", "drop, other modality"),
+            title="Claims of the reasoning: log-prob lost when the cited modality is swapped",
+            header=("claims about", "count", "unfounded", "nats per token", "other swapped"),
             rows=tuple(
                 (modality, str(each.drop.count), str(each.unfounded), str(each.drop), str(each.drop_other))
                 for modality, each in summary.claims.items()
@@ -95,7 +95,7 @@ def all_figures(summary: DatasetAttribution) -> list[Figures]:
 
 def _shapley_row(name: str, each: ValueSummary) -> tuple[str, ...]:
     total = each.coalitions[Coalition.BOTH].mean - each.coalitions[Coalition.NEITHER].mean
-    return name, str(each.video), str(each.audio), f"{total:.3f}"
+    return name, str(each.video), str(each.audio), f"{total:.2f}"
 
 
 def _mass(layers: Sequence[Mean], rows: float) -> str:
