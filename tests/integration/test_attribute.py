@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from omnigrpo.attribute import AttributionReport, attribute_dataset
+from omnigrpo.attribution.attributor import AttributionConfig, attribution_config
+from omnigrpo.config import load_config
 
-def attribute(job, data: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+
+def by_command(job, data: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     paths = ["--model", str(job.base), "--data", str(data), "--output", str(output)]
     return subprocess.run(
         [sys.executable, "-m", "omnigrpo", "attribute", *paths, "--set=rollout.max_new_tokens=6", *more],
@@ -20,6 +24,13 @@ def attribute(job, data: Path, output: Path, *more: str) -> subprocess.Completed
         text=True,
         timeout=300,
         env=os.environ | {"COLUMNS": "120"},
+    )
+
+
+def attribute(job, data: Path, output: Path, *, limit: int | None = None, **config) -> AttributionReport:
+    settings = job.settings(output, f"data.train='{data}'", "rollout.max_new_tokens=6")
+    return attribute_dataset(
+        load_config(None, settings), AttributionConfig(**config), output=output, limit=limit
     )
 
 
@@ -37,9 +48,14 @@ def dataset(job, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("baseline", ["swap", "remove"])
 def test_tables_and_pictures_are_written(job, dataset, tmp_path, baseline) -> None:
-    done = attribute(job, dataset, tmp_path / "out", "--baseline", baseline)
-    assert done.returncode == 0, done.stderr
-    assert f"7 clips, 1 dropped, baseline {baseline}; per clip 4.0 prefixes prefilled" in done.stdout
+    headline = f"7 clips, 1 dropped, baseline {baseline}; per clip 4.0 prefixes prefilled"
+    if baseline == "swap":
+        done = by_command(job, dataset, tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        assert headline in done.stdout
+        assert "Shapley values" in done.stdout
+    else:
+        assert headline in attribute(job, dataset, tmp_path / "out", baseline=baseline).headline()
     report = json.loads((tmp_path / "out" / "attribution.json").read_text())
     assert [clip["prompt_id"] for clip in report["clips"]] == [f"{n:06d}" for n in (0, 1, 2, 4, 5, 6, 7)]
     assert [(d["prompt_id"], d["status"]) for d in report["dropped"]] == [("000003", "missing")]
@@ -51,7 +67,7 @@ def test_tables_and_pictures_are_written(job, dataset, tmp_path, baseline) -> No
         values, each = clip["values"]["gold_logprob"], clip["shapley"]["gold_logprob"]
         assert math.isclose(each["video"] + each["audio"], values["both"] - values["neither"], abs_tol=1e-9)
     markdown = (tmp_path / "out" / "attribution.md").read_text()
-    assert "Shapley values" in markdown
+    assert headline in markdown
     for name in ("values.png", "attention.png", "shapley.png"):
         assert f"({name})" in markdown
         pixels = np.asarray(Image.open(tmp_path / "out" / name).convert("RGB"))
@@ -60,35 +76,56 @@ def test_tables_and_pictures_are_written(job, dataset, tmp_path, baseline) -> No
 
 
 def test_clips_are_limited_by_the_seed(job, dataset, tmp_path) -> None:
-    chosen = []
-    for seed in ("1", "1", "2"):
-        done = attribute(job, dataset, tmp_path / "out", "--limit", "4", "--seed", seed)
-        assert done.returncode == 0, done.stderr
-        clips = json.loads((tmp_path / "out" / "attribution.json").read_text())["clips"]
-        chosen.append([(clip["prompt_id"], clip["donor"]) for clip in clips])
-    assert chosen[0] == chosen[1] != chosen[2]
+    first, again, other = (
+        [(clip.prompt_id, clip.donor) for clip in attribute(job, dataset, tmp_path, limit=4, seed=seed).clips]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_a_filled_cache_is_read_instead_of_clips(job, dataset, tmp_path) -> None:
+    cache = f"media.cache_directory='{tmp_path / 'cache'}'"
+    settings = load_config(
+        None, job.settings(tmp_path, f"data.train='{dataset}'", "rollout.max_new_tokens=2", cache)
+    )
+    reports = [attribute_dataset(settings, AttributionConfig(), output=tmp_path / "out") for _ in range(2)]
+    assert [report.clips_decoded for report in reports] == [8, 1]
+    assert reports[0].clips == reports[1].clips
+
+
+def test_a_mistake_is_one_message(job, dataset, tmp_path) -> None:
+    done = by_command(job, dataset, tmp_path / "out", "--baseline", "mute")
+    assert done.returncode == 2
+    assert "the baseline must be remove or swap, got 'mute'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("items", "more", "message"),
+    ("items", "message"),
     [
-        (slice(0, 8), ["--baseline", "mute"], "the baseline must be remove or swap, got 'mute'"),
-        (slice(0, 8), ["--visual-term", "a*b"], "a term must be a word"),
-        (slice(0, 8), ["--unfounded-below", "-1"], "unfounded_below must be at least 0"),
-        (slice(2, 4), [], "needs two that can be used, but"),
-        (slice(0, 0), [], "must be a non-empty JSON list"),
-        (None, [], "prompt '000001' asks for audio: leave it out"),
+        (slice(2, 4), r"needs two that can be used, but .*nowhere\.mp4 does not exist"),
+        (slice(0, 0), "must be a non-empty JSON list"),
+        (None, "prompt '000001' asks for audio: leave it out"),
     ],
-    ids=["baseline", "term", "threshold", "one clip", "no clip", "audio only"],
+    ids=["one clip", "no clip", "audio only"],
 )
-def test_mistakes_are_answered_in_one_message(job, dataset, tmp_path, items, more, message) -> None:
+def test_unusable_data_sets_are_refused(job, dataset, tmp_path, items, message) -> None:
     given = json.loads(dataset.read_text())[items or slice(0, 3)]
     if items is None:
         human = given[1]["conversations"][0]
         human["value"] = human["value"].replace("<video>\n", "")
     (tmp_path / "mine.json").write_text(json.dumps(given))
-    done = attribute(job, tmp_path / "mine.json", tmp_path / "out", *more)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(ValueError, match=message):
+        attribute(job, tmp_path / "mine.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_the_command_are_checked() -> None:
+    options = {"seed": 0, "unfounded_below": 0.1, "visual_terms": (), "vocal_terms": ()}
+    assert "dimple*" in attribution_config("remove", **options | {"visual_terms": ["dimple*"]}).lexicon.video
+    for wrong, message in (
+        ({"vocal_terms": ["a*b"]}, "a term must be a word"),
+        ({"unfounded_below": -1.0}, "unfounded_below must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attribution_config("swap", **options | wrong)
