@@ -26,7 +26,7 @@ _COALITION_COLOURS = {
     Coalition.BOTH: LIGHT.green,
 }
 _LOGPROBS = {
-    Value.GOLD: "gold answer\n(reasoning of S)",
+    Value.GOLD: "gold answer\n(reasoning redone)",
     Value.GOLD_FIXED: "gold answer\n(reasoning held)",
     Value.OWN_FIXED: "own answer\n(reasoning held)",
 }
