@@ -9,8 +9,9 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from omnigrpo.attribution.attributor import AttributionConfig, Attributor
+from omnigrpo.attribution.attributor import Attributor
 from omnigrpo.attribution.clip_attribution import ClipAttribution
+from omnigrpo.attribution.config import AttributionConfig
 from omnigrpo.attribution.pictures import (
     ATTENTION_PICTURE,
     SHAPLEY_PICTURE,

@@ -178,7 +178,7 @@ def attribute(
     from rich.console import Console
 
     from omnigrpo.attribute import attribute_dataset
-    from omnigrpo.attribution.attributor import attribution_config
+    from omnigrpo.attribution.config import attribution_config
     from omnigrpo.config import load_config
 
     settings = load_config(config, [*(overrides or []), *_short(model, data, output, None)])

@@ -7,8 +7,9 @@ import torch
 
 from omnigrpo.algorithm.packing import pack
 from omnigrpo.algorithm.policy import completion_logprobs
-from omnigrpo.attribution.attributor import AttributionConfig, Attributor
+from omnigrpo.attribution.attributor import Attributor
 from omnigrpo.attribution.clip_attribution import Value
+from omnigrpo.attribution.config import AttributionConfig
 from omnigrpo.attribution.scoring import SceneScorer
 from omnigrpo.attribution.shapley import Coalition
 from omnigrpo.attribution.spoken import Spoken

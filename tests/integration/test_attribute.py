@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from omnigrpo.attribute import AttributionReport, attribute_dataset
-from omnigrpo.attribution.attributor import AttributionConfig, attribution_config
+from omnigrpo.attribution.config import AttributionConfig, attribution_config
 from omnigrpo.config import load_config
 
 

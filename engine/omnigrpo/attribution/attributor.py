@@ -6,14 +6,14 @@ log-prob and the attention mass is found. Towers never run: their outputs are gi
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import cast, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from omnigrpo.attribution.attention_mass import ROW_KINDS, visible_shares
 from omnigrpo.attribution.clip_attribution import AttentionShares, ClaimCheck, ClipAttribution, Value
+from omnigrpo.attribution.config import AttributionConfig
 from omnigrpo.attribution.counterfactual import derangement, swapped, without
 from omnigrpo.attribution.scoring import Scene, SceneScorer, ScoredScene
 from omnigrpo.attribution.shapley import Coalition, shapley
@@ -21,55 +21,13 @@ from omnigrpo.attribution.spoken import Spoken, with_answer
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.model.prompting import PromptEncoder
 from omnigrpo.reward.aliases import canonical_label
-from omnigrpo.reward.context import Baseline
-from omnigrpo.reward.modality_claims import Lexicon, find_claims
+from omnigrpo.reward.modality_claims import find_claims
 from omnigrpo.reward.tagged_answer import first_answer
 from omnigrpo.rollout.interface import GroupRequest, Sampler, SamplingParams, collect
 from omnigrpo.schema import Modality, Prefix, PrefixInputs
 
 _OTHER: dict[Modality, Modality] = {"video": "audio", "audio": "video"}
 _WITHOUT = {"video": Coalition.AUDIO, "audio": Coalition.VIDEO}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttributionConfig:
-    """What is measured, and how."""
-
-    baseline: Baseline = "swap"
-    """What a modality outside the coalition is replaced by: nothing, or another clip's."""
-    seed: int = 0
-    """Of the pairing of clips with donors."""
-    unfounded_below: float = 0.05
-    """Nats per token: a claim that loses less when its modality is swapped is unfounded."""
-    lexicon: Lexicon = field(default_factory=Lexicon)
-    clips_per_call: int = 16
-    """Clips whose completions are drawn at once."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for numbers that no measurement can use."""
-        if self.clips_per_call < 1:
-            raise ValueError(f"clips_per_call must be at least 1, got {self.clips_per_call}")
-        if not self.unfounded_below >= 0:
-            raise ValueError(f"unfounded_below must be at least 0 nats per token, got {self.unfounded_below}")
-
-
-def attribution_config(
-    baseline: str,
-    *,
-    seed: int,
-    unfounded_below: float,
-    visual_terms: Iterable[str],
-    vocal_terms: Iterable[str],
-) -> AttributionConfig:
-    """From what a command line gives; raises ValueError for an unknown baseline or an unusable term or number."""
-    if baseline not in get_args(Baseline):
-        raise ValueError(f"the baseline must be {' or '.join(get_args(Baseline))}, got {baseline!r}")
-    return AttributionConfig(
-        baseline=cast("Baseline", baseline),
-        seed=seed,
-        unfounded_below=unfounded_below,
-        lexicon=Lexicon().extended(video=visual_terms, audio=vocal_terms),
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
