@@ -5,16 +5,21 @@ import os
 import subprocess
 import sys
 
+from omnigrpo.config import load_config
 from omnigrpo.metrics import REWARD_COMPONENT_PREFIX, read_jsonl, read_metrics
+from omnigrpo.run import run_grpo
+
+NEEDS_AUDIO = """
+from omnigrpo.reward.context import ModalityChange
+
+def needs_audio(group, context):
+    (drops,) = context.drops(ModalityChange(modality='audio', baseline='swap'))
+    return [sum(drop) for drop in drops]
+"""
 
 
 def test_two_steps_with_a_grounded_reward(job, tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from omnigrpo.reward.context import ModalityChange\n"
-        "def needs_audio(group, context):\n"
-        "    (drops,) = context.drops(ModalityChange(modality='audio', baseline='swap'))\n"
-        "    return [sum(drop) for drop in drops]\n"
-    )
+    (tmp_path / "mine.py").write_text(NEEDS_AUDIO)
     terms = (
         "reward.terms=[{name='accuracy'}, {name='grounded', weight=0.2}, {name='audio_aware'}, "
         "{name='length_range', options={low=1, high=4, slope=8}}, {name='mine.py:needs_audio'}]"
@@ -37,3 +42,20 @@ def test_two_steps_with_a_grounded_reward(job, tmp_path):
         assert step[f"{REWARD_COMPONENT_PREFIX}length_range"] > 0
     records = list(read_jsonl(tmp_path / "run" / "rollouts.jsonl"))
     assert len({value for record in records for value in record["components"]["needs_audio"]}) > 2
+
+
+def test_a_resumed_run_swaps_the_same_clips(job, tmp_path):
+    """What stands in for a modality depends on the step's prompts alone."""
+    (tmp_path / "mine.py").write_text(NEEDS_AUDIO)
+    more = ["run.save_every=1", "optimizer.schedule='constant'"]
+    more.append(f"reward.terms=[{{name='{tmp_path}/mine.py:needs_audio'}}, {{name='grounded'}}]")
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run_grpo(load_config(None, job.settings(straight, "run.steps=2", *more)))
+    run_grpo(load_config(None, job.settings(resumed, "run.steps=1", *more)))
+    run_grpo(load_config(None, job.settings(resumed, "run.steps=2", *more)), resume=True)
+    ours, theirs = (
+        [step[f"{REWARD_COMPONENT_PREFIX}needs_audio"] for step in read_metrics(run)]
+        for run in (resumed, straight)
+    )
+    assert ours == theirs
+    assert len(ours) == 2
