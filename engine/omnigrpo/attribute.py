@@ -29,7 +29,7 @@ from omnigrpo.progress import counting
 from omnigrpo.rollout.interface import RolloutCounters
 from omnigrpo.rollout.native_engine import NativeEngine
 from omnigrpo.run import Parts, open_parts
-from omnigrpo.schema import ClipStatus, DroppedPrompt, PrefixInputs, Prompt
+from omnigrpo.schema import DroppedPrompt, PrefixInputs, Prompt
 
 JSON_FILE = "attribution.json"
 MARKDOWN_FILE = "attribution.md"
@@ -137,28 +137,23 @@ def attribute_dataset(
 def _pools(
     parts: Parts, prompts: Sequence[Prompt], dropped: list[DroppedPrompt]
 ) -> Iterator[list[PrefixInputs]]:
-    """Usable clips in pools of about equal size, read ahead; a clip left alone waits for the next pool."""
+    """Usable clips in pools of about equal size, read ahead; where a pool would have a single clip, two are one."""
     count = max(1, math.ceil(len(prompts) / CLIPS_PER_POOL))
     bounds = [round(index * len(prompts) / count) for index in range(count + 1)]
 
     def batches(position: int) -> Sequence[Prompt]:
         return prompts[bounds[position] : bounds[position + 1]] if position < count else ()
 
-    waiting: list[PrefixInputs] = []
+    pool: list[PrefixInputs] = []
     for position in range(count):
         batch = parts.source.read(batches, position)
         dropped += batch.dropped
-        pool = [*waiting, *batch.inputs]
-        waiting = pool if len(pool) < 2 else []
-        if not waiting and pool:
+        if len(pool) > 1 and len(batch.inputs) > 1:
             yield pool
-    dropped += [_alone(inputs) for inputs in waiting]
-
-
-def _alone(inputs: PrefixInputs) -> DroppedPrompt:
-    return DroppedPrompt(
-        prompt_id=inputs.prompt.prompt_id, status=ClipStatus.OK, error="no other usable clip to swap with"
-    )
+            pool = []
+        pool += batch.inputs
+    if len(pool) > 1:
+        yield pool
 
 
 def _too_few(config: RunConfig, dropped: Sequence[DroppedPrompt]) -> str:

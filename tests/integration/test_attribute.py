@@ -83,6 +83,14 @@ def test_clips_are_limited_by_the_seed(job, dataset, tmp_path) -> None:
     assert first == again != other
 
 
+def test_no_clip_is_left_without_a_donor(job, dataset, tmp_path, monkeypatch) -> None:
+    """Pools of two, one of which loses a clip."""
+    monkeypatch.setattr("omnigrpo.attribute.CLIPS_PER_POOL", 2)
+    clips = attribute(job, dataset, tmp_path).clips
+    assert len(clips) == 7
+    assert all(clip.donor != clip.prompt_id for clip in clips)
+
+
 def test_a_filled_cache_is_read_instead_of_clips(job, dataset, tmp_path) -> None:
     cache = f"media.cache_directory='{tmp_path / 'cache'}'"
     settings = load_config(
