@@ -147,7 +147,7 @@ class Scores:
     def __init__(self, reward: Callable[[Sequence[int]], float]) -> None:
         self._reward = reward
 
-    def score(self, group: Group) -> GroupRewards:
+    def score(self, group: Group, neighbours: Sequence[PrefixInputs] = ()) -> GroupRewards:
         totals = tuple(self._reward(completion.token_ids) for completion in group.completions)
         return GroupRewards(totals=totals, components={"given": totals})
 

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"media", "schema"},
     "reward": {"schema"},
     "rollout": {"feature_source", "media", "model", "omnigrpo_kernels", "runtime", "schema"},
+    "attribution": {"algorithm", "model", "omnigrpo_kernels", "report", "reward", "rollout", "schema"},
     "evaluate": {"reward", "rollout", "schema"},
     "feature_source": {"media", "model", "runtime", "schema"},
     "prefix_source": {"feature_source", "media", "metrics", "model", "runtime", "schema"},
@@ -43,8 +44,8 @@ ALLOWED: dict[str, set[str]] = {
         "trainer",
     },
     "run": {
-        "algorithm", "config", "data", "evaluate", "group_sampler", "loop", "metrics", "model", "prefix_source",
-        "progress", "reward", "rollout", "runtime", "schema", "sft", "trainer",
+        "algorithm", "attribution", "config", "data", "evaluate", "group_sampler", "loop", "metrics", "model",
+        "prefix_source", "progress", "reward", "rollout", "runtime", "schema", "sft", "trainer",
     },
     "encode_dataset": {
         "config", "data", "feature_source", "media", "model", "progress", "run", "schema",
@@ -58,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "generate_command": {"generate", "media", "schema"},
     "report": {"evaluate", "media", "metrics", "reward", "runtime", "schema"},
+    "attribute": {"attribution", "config", "data", "progress", "rollout", "run", "schema"},
     "probe_table": {"media"},
     "contact_sheet": {"media", "probe_table", "report"},
     "probe": {"contact_sheet", "media", "probe_table", "progress", "schema"},
@@ -68,8 +70,8 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "wheel_commands": {"emotion_wheel"},
     "cli": {
-        "config", "data", "data_commands", "demo", "encode_dataset", "generate", "generate_command", "info", "media",
-        "probe", "progress", "report", "rollout", "run", "wheel_commands",
+        "attribute", "attribution", "config", "data", "data_commands", "demo", "encode_dataset", "generate",
+        "generate_command", "info", "media", "probe", "progress", "report", "rollout", "run", "wheel_commands",
     },
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""

@@ -210,6 +210,54 @@ def encode(
 
 
 @app.command()
+def attribute(
+    model: Annotated[Path, typer.Option("--model", help="Checkpoint directory.")],
+    data: Annotated[Path, typer.Option("--data", help="Dataset JSON; every item with video and audio.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for tables and pictures.")],
+    baseline: Annotated[
+        str, typer.Option(help="What stands in for a modality: swap (another clip's) or remove (nothing).")
+    ] = "swap",
+    seed: Annotated[int, typer.Option(help="Which clip stands in for which.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=2, help="Clips to take, drawn by the seed.")] = None,
+    unfounded_below: Annotated[
+        float, typer.Option(help="Nats per token that a claim must lose when what it cites is swapped.")
+    ] = 0.05,
+    visual_term: Annotated[
+        list[str] | None,
+        typer.Option(help="A word by which reasoning cites the video; dimple* stands for all that begin so."),
+    ] = None,
+    vocal_term: Annotated[
+        list[str] | None, typer.Option(help="A word by which reasoning cites the audio.")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """How much video and audio contribute to a model's answers: Shapley values, attention, unfounded claims.
+
+    Writes attribution.json, attribution.md, values.png, attention.png and shapley.png.
+    """
+    from rich.console import Console
+
+    from omnigrpo.attribute import attribute_dataset
+    from omnigrpo.attribution.config import attribution_config
+    from omnigrpo.config import load_config
+
+    settings = load_config(config, [*(overrides or []), *_short(model, data, output, None)])
+    attribution = attribution_config(
+        baseline,
+        seed=seed,
+        unfounded_below=unfounded_below,
+        visual_terms=visual_term or (),
+        vocal_terms=vocal_term or (),
+    )
+    report = attribute_dataset(settings, attribution, output=output, limit=limit)
+    console = Console()
+    for table in report.figures():
+        console.print(table.rich())
+    typer.echo(f"{report.headline()}\nwrote {output}")
+
+
+@app.command()
 def probe(
     files: Annotated[list[Path], typer.Argument(help="Media files; a directory stands for those below it.")],
     frames: Annotated[int, typer.Option("--frames", "-k", min=1, help="Frames per clip.")] = 8,

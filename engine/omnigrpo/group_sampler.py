@@ -234,7 +234,8 @@ class GroupSampler:
         if all(completion.is_finished for completion in done.completions):
             self._check_staleness(group, sampling.step)
             with self._spans.span(Phase.REWARD):
-                sampling.rewards[done.index] = self._rewards.score(group)
+                neighbours = tuple(job.inputs for job in sampling.jobs)
+                sampling.rewards[done.index] = self._rewards.score(group, neighbours)
 
     def _fresh(self, inputs: Sequence[PrefixInputs], step: int) -> list[GroupJob]:
         """Jobs with seeds that depend on run seed, step, rank, prompt and sample, not on the rest of the batch."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from omnigrpo.algorithm.agreement import DisagreementError
+from omnigrpo.attribution.group_scorer import PolicyScorer
 from omnigrpo.config import ConfigError, RunConfig, changed_settings, load_config, save_config
 from omnigrpo.data.dataset import check_responses, read_dataset
 from omnigrpo.data.prompt_stream import PromptStream
@@ -87,6 +88,8 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
     checkpoint = _start(config, resume)
     with open_parts(config, checkpoint) as parts:
         policy = parts.loaded.model
+        if rewards.reads_model:
+            rewards = rewards.with_scorer(_scorer(config, parts))
         reference = None
         if config.objective.kl_coefficient:
             start = config.model.reference or config.model.path
@@ -169,6 +172,15 @@ def _evaluate_split(
             batch_size=EVALUATION_BATCH,
             on_batch=lambda done: show(done, len(prompts)),
         )
+
+
+def _scorer(config: RunConfig, parts: Parts) -> PolicyScorer:
+    return PolicyScorer(
+        policy=parts.loaded.model,
+        prompt_encoder=parts.prompt_encoder,
+        temperature=config.rollout.temperature,
+        budget_rows=config.trainer.budget_rows,
+    )
 
 
 def _build_rollout(config: RunConfig, parts: Parts) -> RolloutEngine:

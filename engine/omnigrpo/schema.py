@@ -69,6 +69,8 @@ class Prompt:
     """The bare label, e.g. ``happy``."""
     response: str | None = None
     """The target text of supervised training; None in an RL data set."""
+    subtitle: str | None = None
+    """What is said in the clip, in words; None where nobody wrote it down."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,18 @@ def test_tagged_response(tmp_path):
     assert prompt.response == text
 
 
+@pytest.mark.parametrize(("given", "kept"), [("Oh\n no!", "Oh no!"), ("  ", None), (None, None)])
+def test_a_subtitle_is_one_line_or_none(tmp_path, given, kept):
+    (prompt,) = read_dataset(write(tmp_path / "a.json", [item(subtitle=given)]), PromptStyle())
+    assert prompt.subtitle == kept
+
+
+def test_a_subtitle_must_be_text(tmp_path):
+    path = write(tmp_path / "a.json", [item(), item(subtitle=["Oh", "no"])])
+    with pytest.raises(DatasetError, match=r"a\.json, item 1: 'subtitle' must be the text.*\['Oh', 'no'\]"):
+        read_dataset(path, PromptStyle())
+
+
 def test_instruction_is_not_doubled(tmp_path):
     human = f"<video>\nWhich emotion? {INSTRUCTION}"
     (prompt,) = read_dataset(write(tmp_path / "a.json", [item(human=human)]), PromptStyle())

@@ -61,6 +61,34 @@ def test_bert_reads_the_bare_question_or_the_residue() -> None:
     assert residue == "<vi_start><vi_end><au_start><audio><au_end>ab"
 
 
+def test_a_subtitle_has_a_line_of_its_own_where_it_is_wanted_and_there() -> None:
+    with_subtitle = replace(RL, subtitle=True)
+    user = RL.text(QUESTION, BOTH)
+    assert with_subtitle.text(QUESTION, BOTH, "{Oh} no!") == user.replace(
+        QUESTION, f"The subtitle of this clip is: {{Oh}} no!\n{QUESTION}"
+    )
+    assert with_subtitle.text(QUESTION, BOTH, None) == user
+    assert RL.text(QUESTION, BOTH, "Oh no!") == user
+
+
+def test_a_prompts_subtitle_reaches_its_rows_but_not_the_gate(
+    tokenizers: Tokenizers, small_config: HumanOmniConfig
+) -> None:
+    prompt = Prompt(
+        prompt_id="p", clip=Clip(path=Path("a")), question="q", modalities=(), solution="s", subtitle="oh"
+    )
+    none = ClipFeatures(vision_FND=None, audio_AD=None)
+    encoders = [
+        PromptEncoder(tokenizers.text, tokenizers.gate, small_config, replace(RL, subtitle=switch))
+        for switch in (True, False)
+    ]
+    shown, hidden = (encoder.encode(prompt, none) for encoder in encoders)
+    bare = encoders[0].encode(replace(prompt, subtitle=None), none)
+    assert "The subtitle of this clip is: oh\nq" in encoders[0].decode(shown.token_ids_P.tolist())
+    assert hidden.token_ids_P.equal(bare.token_ids_P)
+    assert shown.question_ids.equal(bare.question_ids)
+
+
 def test_rows_of_a_prompt(encoder: PromptEncoder, tokenizers: Tokenizers, make_inputs) -> None:
     item = make_inputs("which emotion?")
     ids = item.token_ids_P.tolist()

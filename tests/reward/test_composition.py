@@ -83,7 +83,7 @@ def test_a_function_loads_from_a_module(
         ),
         (
             "xyz",
-            r"unknown reward 'xyz': Built-in rewards are accuracy, format; a function of yours is written",
+            r"unknown reward 'xyz': Built-in rewards are accuracy, format, grounded, .*; a function of yours is",
         ),
         ("no_such_package.rewards:brief", "cannot import 'no_such_package.rewards'"),
         ("no/such/file.py:brief", r"no/such/file.py does not exist; the path is relative to"),

@@ -32,7 +32,8 @@ def read_dataset(path: Path, style: PromptStyle, *, media_root: Path | None = No
 
     See ``read_items`` for the forms of file. Clip paths are relative to ``media_root``, else to the file's own
     directory. The human text's ``<video>`` and ``<audio>`` tags say which modalities the prompt asks for. The gpt text
-    is a bare label, or reasoning with an ``<answer>`` tag, which then also is the prompt's response.
+    is a bare label, or reasoning with an ``<answer>`` tag, which then also is the prompt's response. An item may
+    carry ``"subtitle": text``, which ``prompt.subtitle`` puts into the prompt.
 
     Raises:
         DatasetError: a file that cannot be read, an empty list, an item with a missing or malformed field, or an id
@@ -89,6 +90,7 @@ def _prompt(item: object, where: str, index: int, root: Path, style: PromptStyle
         modalities=modalities,
         solution=(tagged.group(1) if tagged else answer).strip(),
         response=answer if tagged else None,
+        subtitle=_subtitle(item, where),
     )
 
 
@@ -135,6 +137,16 @@ def _seconds(item: dict[str, object], key: str, where: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         raise DatasetError(f"{where}: {key!r} must be a number of seconds of at least 0, got {value!r}")
     return float(value)
+
+
+def _subtitle(item: dict[str, object], where: str) -> str | None:
+    """The words said in the clip, in one line; an empty text stands for none."""
+    value = item.get("subtitle")
+    if value is not None and not isinstance(value, str):
+        raise DatasetError(
+            f"{where}: 'subtitle' must be the text that is said, got {value!r}; leave it out where there is none"
+        )
+    return None if value is None else " ".join(value.split()) or None
 
 
 def _kind(value: object) -> str:

@@ -23,6 +23,8 @@ VISION_TOKENS = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
 """What Qwen2-VL's chat template puts before a video; to HumanOmni they are three ordinary tokens."""
 END_OF_TURN = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
+SUBTITLE = "The subtitle of this clip is: {subtitle}"
+"""The line of ``PromptTemplate.subtitle``."""
 _START_OF_TURN = "<|im_start|>"
 _TAGS = {VIDEO_ROW: "<video>", AUDIO_ROW: "<audio>"}
 _MODALITY_ROWS: dict[Modality, tuple[str, int, str]] = {
@@ -42,11 +44,17 @@ class PromptTemplate:
     """Put one more newline per modality before the question, as the reference's SFT does."""
     gate_tag_residue: bool = False
     """Let BERT read the wrapper text that the reference's SFT leaves before the question."""
+    subtitle: bool = False
+    """Put an item's subtitle, where it has one, in a line of its own before the question; BERT does not read it."""
 
-    def segments(self, question: str, modalities: tuple[Modality, ...]) -> list[Segment]:
+    def segments(
+        self, question: str, modalities: tuple[Modality, ...], subtitle: str | None = None
+    ) -> list[Segment]:
         """Return the whole prompt up to the start of the answer."""
         before = f"{_START_OF_TURN}system\n{self.system_text}{END_OF_TURN}\n{_START_OF_TURN}user\n"
         after = f"{END_OF_TURN}\n{_START_OF_TURN}assistant\n"
+        if self.subtitle and subtitle is not None:
+            question = f"{SUBTITLE.format(subtitle=subtitle)}\n{question}"
         return _merge([before, *self._user(question, modalities), after])
 
     def gate_text(self, question: str, modalities: tuple[Modality, ...]) -> str:
@@ -56,9 +64,10 @@ class PromptTemplate:
         user = [s for s in self._user(question, modalities) if s != VIDEO_ROW and s not in VISION_TOKENS]
         return "".join(_TAGS[s] if isinstance(s, int) else s for s in user).replace("\n", "")
 
-    def text(self, question: str, modalities: tuple[Modality, ...]) -> str:
+    def text(self, question: str, modalities: tuple[Modality, ...], subtitle: str | None = None) -> str:
         """Return the prompt as one string, with ``<video>`` and ``<audio>`` for the modality rows."""
-        return "".join(_TAGS[s] if isinstance(s, int) else s for s in self.segments(question, modalities))
+        segments = self.segments(question, modalities, subtitle)
+        return "".join(_TAGS[s] if isinstance(s, int) else s for s in segments)
 
     def _user(self, question: str, modalities: tuple[Modality, ...]) -> list[Segment]:
         wrapped: list[Segment] = []
@@ -111,7 +120,7 @@ class PromptEncoder:
         self._check(prompt, features)
         counts = {VIDEO_ROW: self._config.vision.num_tokens, AUDIO_ROW: self._config.audio.num_tokens}
         ids: list[int] = []
-        for segment in self.template.segments(prompt.question, prompt.modalities):
+        for segment in self.template.segments(prompt.question, prompt.modalities, prompt.subtitle):
             ids += [segment] * counts[segment] if isinstance(segment, int) else self._encode_text(segment)
         gate_text = self.template.gate_text(prompt.question, prompt.modalities)
         return PrefixInputs(

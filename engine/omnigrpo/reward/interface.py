@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from omnigrpo.reward.context import GroupContext
 from omnigrpo.schema import Group
 
 
@@ -14,6 +15,14 @@ class Reward(Protocol):
     """
 
     def __call__(self, group: Group) -> Sequence[float]:
+        """Score every completion of ``group``."""
+        ...
+
+
+class ContextReward(Protocol):
+    """A reward that reads the model: its second parameter must be called ``context``."""
+
+    def __call__(self, group: Group, context: GroupContext) -> Sequence[float]:
         """Score every completion of ``group``."""
         ...
 

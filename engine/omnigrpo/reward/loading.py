@@ -1,35 +1,63 @@
 """From the name of a reward in a config to the function."""
 
+import dataclasses
 import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
+import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import TypeGuard, cast
 
-from omnigrpo.reward.interface import Reward
+from pydantic import TypeAdapter, ValidationError
+
+from omnigrpo.reward.grounded import AudioAware, Grounded
+from omnigrpo.reward.interface import ContextReward, Reward
+from omnigrpo.reward.length import LengthCap, LengthRange
 from omnigrpo.reward.tagged_answer import Accuracy, Format, Preset
 
-BUILT_IN: dict[str, Callable[[Preset], Reward]] = {
-    "accuracy": lambda preset: Accuracy(preset=preset),
-    "format": lambda preset: Format(preset=preset),
+Option = bool | int | float | str | list[str]
+
+BUILT_IN: dict[str, type[Accuracy | Format | Grounded | AudioAware | LengthRange | LengthCap]] = {
+    "accuracy": Accuracy,
+    "format": Format,
+    "grounded": Grounded,
+    "audio_aware": AudioAware,
+    "length_range": LengthRange,
+    "length_cap": LengthCap,
 }
+_NO_OPTIONS = ("preset", "aliases")
+"""Fields of built-ins that are set elsewhere."""
 
 
-def load_reward(name: str, preset: Preset) -> Reward:
+def load_reward(name: str, preset: Preset, options: Mapping[str, Option]) -> Reward | ContextReward:
     """The built-in ``name``, or the function behind ``package.module:function`` or ``path/file.py:function``.
 
-    The preset applies to built-ins only. Raises ValueError for a name that leads to no function.
+    Preset and options apply to built-ins only. Raises ValueError for a name that leads to no function, and for options
+    that a built-in does not have or cannot use.
     """
     if ":" in name:
+        if options:
+            raise ValueError(
+                f"reward {name!r}: options {sorted(options)} are for built-in rewards; give a function of yours its own"
+            )
         return _user_function(name)
     if name not in BUILT_IN:
         raise ValueError(_unknown(name))
-    return BUILT_IN[name](preset)
+    return _built_in(name, preset, options)
+
+
+def reads_model(reward: Reward | ContextReward) -> TypeGuard[ContextReward]:
+    """Whether the reward takes a ``context``."""
+    try:
+        return "context" in inspect.signature(reward).parameters
+    except ValueError:  # A function of C, which says nothing of its parameters.
+        return False
 
 
 def component_name(name: str) -> str:
@@ -37,16 +65,36 @@ def component_name(name: str) -> str:
     return name.rpartition(":")[2]
 
 
+def _built_in(name: str, preset: Preset, options: Mapping[str, Option]) -> Reward | ContextReward:
+    kind = BUILT_IN[name]
+    fields = [f.name for f in dataclasses.fields(kind) if f.init]
+    known = [field for field in fields if field not in _NO_OPTIONS]
+    for option in options:
+        if option not in known:
+            nearest = difflib.get_close_matches(option, known, n=1)
+            advice = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known) or 'none'}"
+            raise ValueError(f"reward {name!r} has no option {option!r}: {advice}")
+    given = dict(options) | ({"preset": preset.value} if "preset" in fields else {})
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(given), strict=True)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(str(part) for part in e['loc']) or 'options'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )
+        raise ValueError(f"reward {name!r}: {wrong}, got {dict(options)}") from error
+
+
 def _unknown(name: str) -> str:
     nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
     suggestion = f"did you mean {nearest[0]!r}? " if nearest else ""
     return (
-        f"unknown reward {name!r}: {suggestion}Built-in rewards are {', '.join(sorted(BUILT_IN))}; "
+        f"unknown reward {name!r}: {suggestion}Built-in rewards are {', '.join(BUILT_IN)}; "
         "a function of yours is written 'package.module:function' or 'path/to/file.py:function'"
     )
 
 
-def _user_function(name: str) -> Reward:
+def _user_function(name: str) -> Reward | ContextReward:
     source, _, attribute = name.rpartition(":")
     module = _module_of_file(Path(source), name) if source.endswith(".py") else _module(source, name)
     function = getattr(module, attribute, None)
@@ -61,7 +109,7 @@ def _user_function(name: str) -> Reward:
         raise ValueError(
             f"reward {name!r}: {attribute!r} is a {type(function).__name__}, not a function of a group"
         )
-    return cast(Reward, function)
+    return cast("Reward | ContextReward", function)
 
 
 def _module(dotted: str, name: str) -> ModuleType:

@@ -98,6 +98,15 @@ def reasoning_of(text: str) -> str | None:
     return match.group(1).strip() if match else None
 
 
+def answer_span(text: str) -> tuple[int, int] | None:
+    """The characters inside the first ``<answer>`` block, blanks around them left out; None without any."""
+    match = _ANSWER.search(text)
+    if match is None or not match.group(1).strip():
+        return None
+    start = match.start(1) + len(match.group(1)) - len(match.group(1).lstrip())
+    return start, start + len(match.group(1).strip())
+
+
 def _reference_answer(text: str) -> str:
     match = _ANSWER_ON_ONE_LINE.search(text)
     return (match.group(1) if match else text).strip()
