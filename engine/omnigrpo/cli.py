@@ -115,7 +115,11 @@ def evaluate(
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """WAR, UAR, per-class recall and format rate of a checkpoint, by greedy decoding."""
+    """WAR, UAR, per-class recall and format rate of a checkpoint, by greedy decoding.
+
+    Interrupted, it goes on where it was. A file named after a benchmark (dfew_test.json, mafw_..., ravdess_...) has its
+    label set, and its published figures stand beside the measured ones.
+    """
     from omnigrpo.config import load_config
     from omnigrpo.run import run_evaluation
 
@@ -126,8 +130,14 @@ def evaluate(
         )
     splits = ", ".join(f"{json.dumps(path.stem)} = {_toml(path)}" for path in data)
     settings = load_config(config, [*(overrides or []), *short, f"data.evaluate={{{splits}}}"])
-    for split, result in run_evaluation(settings, output=output, stage=stage).items():
+    results = run_evaluation(settings, output=output, stage=stage)
+    for split, result in results.items():
         typer.echo(f"{split}: {result.headline()}")
+    if output is not None:
+        from omnigrpo.report.evaluation_page import write_evaluation
+
+        for path in write_evaluation(list(results.values()), output, stage):
+            typer.echo(f"wrote {path}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,18 @@ from omnigrpo.attribution.group_scorer import PolicyScorer
 from omnigrpo.config import ConfigError, RunConfig, changed_settings, load_config, save_config
 from omnigrpo.data.dataset import check_responses, read_dataset
 from omnigrpo.data.prompt_stream import PromptStream
-from omnigrpo.evaluate.evaluation_report import EvaluationReport
+from omnigrpo.evaluate.benchmarks import benchmark_of
+from omnigrpo.evaluate.evaluation_report import EvaluatedClip, EvaluationReport
 from omnigrpo.evaluate.evaluator import evaluate
+from omnigrpo.evaluate.journal import EvaluationJournal, fingerprint_of
 from omnigrpo.group_sampler import GroupSampler, embed
 from omnigrpo.loop import Steps, run_steps
 from omnigrpo.metrics import METRICS_FILE, MetricsLog
+from omnigrpo.model.checkpoint_format import CONFIG_FILE as MODEL_CONFIG_FILE
 from omnigrpo.model.checkpoint_format import LoadedModel, load_model, save_model, towers_hash
 from omnigrpo.model.humanomni import reference_copy
 from omnigrpo.model.prompting import PromptEncoder
+from omnigrpo.model.weight_files import weights_path
 from omnigrpo.prefix_source import PrefixSource
 from omnigrpo.progress import counting
 from omnigrpo.reward.composition import RewardSet
@@ -129,23 +133,42 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
 def run_evaluation(
     config: RunConfig, *, output: Path | None, stage: str = "eval", pairs: tuple[tuple[str, str], ...] = ()
 ) -> dict[str, EvaluationReport]:
-    """Evaluate the configured model on every split by greedy decoding; writes ``<stage>_<split>.json`` to output."""
+    """Evaluate the configured model on every split by greedy decoding; writes ``<stage>_<split>.json`` to output.
+
+    Answers are kept in ``<stage>_<split>.partial.jsonl`` until then: an interrupted evaluation of the same weights,
+    clips and settings goes on where it was. A split named after a benchmark (``dfew_test``) has its label set.
+    """
     if not config.data.evaluate:
         raise ConfigError(
             "data.evaluate names no split: give one, e.g. data.evaluate={heldout='heldout.json'}"
         )
     splits = {name: _read(config, path) for name, path in config.data.evaluate.items()}
+    reports: dict[str, EvaluationReport] = {}
     with open_parts(config, None) as parts, closing(_build_rollout(config, parts)) as engine:
-        reports = {
-            split: _evaluate_split(config, parts, engine, prompts, stage=stage, split=split, pairs=pairs)
-            for split, prompts in splits.items()
-        }
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        for split, report in reports.items():
-            text = json.dumps(report.to_json(), indent=1)
-            (output / f"{stage}_{split}.json").write_text(text + "\n", encoding="utf-8")
+        for split, prompts in splits.items():
+            name = f"{stage}_{split}"
+            journal = None if output is None else _journal(config, output / f"{name}.partial.jsonl", prompts)
+            reports[split] = _evaluate_split(
+                config, parts, engine, prompts, stage=stage, split=split, pairs=pairs, journal=journal
+            )
+            if output is not None and journal is not None:
+                text = json.dumps(reports[split].to_json(), indent=1)
+                (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+                journal.remove()
     return reports
+
+
+def _journal(config: RunConfig, path: Path, prompts: tuple[Prompt, ...]) -> EvaluationJournal:
+    settings = (
+        config.model.dtype,
+        config.media.aspect,
+        config.media.colour,
+        config.prompt,
+        config.rollout,
+        prompts,
+    )
+    weights = (config.model.path / file for file in (MODEL_CONFIG_FILE, weights_path(config.model.path).name))
+    return EvaluationJournal(path, fingerprint_of([repr(part) for part in settings], weights))
 
 
 def _evaluate_split(
@@ -157,20 +180,37 @@ def _evaluate_split(
     stage: str,
     split: str,
     pairs: tuple[tuple[str, str], ...],
+    journal: EvaluationJournal | None,
 ) -> EvaluationReport:
+    done = () if journal is None else journal.done
+    answered = {clip.prompt_id for clip in done}
+    remaining = tuple(prompt for prompt in prompts if prompt.prompt_id not in answered)
+    benchmark = benchmark_of(split)
     dropped: list[DroppedPrompt] = []
     with counting(f"evaluate {split}") as show:
+        num_done = len(done)
+        show(num_done, len(prompts))
+
+        def on_batch(clips: Sequence[EvaluatedClip]) -> None:
+            nonlocal num_done
+            num_done += len(clips)
+            show(num_done, len(prompts))
+            if journal is not None:
+                journal.add(clips)
+
         return evaluate(
             engine,
-            _prefixes(parts, prompts, dropped, batch_size=EVALUATION_BATCH),
+            _prefixes(parts, remaining, dropped, batch_size=EVALUATION_BATCH),
             detokenize=parts.prompt_encoder.decode,
             sampling=config.rollout.sampling(stop_token_ids=parts.prompt_encoder.stop_token_ids),
             stage=stage,
             split=split,
+            labels=None if benchmark is None else benchmark.labels,
             pairs=pairs,
             dropped=dropped,
             batch_size=EVALUATION_BATCH,
-            on_batch=lambda done: show(done, len(prompts)),
+            done=done,
+            on_batch=on_batch,
         )
 
 

@@ -91,10 +91,10 @@ def run(engine: ScriptedEngine, **changes: Any) -> EvaluationReport:
 
 def test_every_prompt_is_answered_once_greedily_in_batches() -> None:
     engine = ScriptedEngine()
-    seen: list[int] = []
-    run(engine, on_batch=seen.append)
+    seen: list[list[str]] = []
+    run(engine, on_batch=lambda clips: seen.append([clip.prompt_id for clip in clips]))
     assert engine.batches == [2, 1]
-    assert seen == [2, 3]
+    assert seen == [["p0", "p1"], ["p2"]]
     assert {params.temperature for params in engine.sampling} == {0.0}
     assert engine.sampling[0] == SamplingParams(temperature=0.0, max_new_tokens=9, stop_token_ids=(5,))
 

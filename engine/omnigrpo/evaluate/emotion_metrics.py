@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from omnigrpo.evaluate.bootstrap import Intervals, bootstrap_intervals
 from omnigrpo.reward.aliases import canonical_label
 from omnigrpo.reward.tagged_answer import first_answer
 
@@ -25,6 +26,15 @@ class Matching(StrEnum):
     """The same string."""
     ALIAS = "alias"
     """The same label after case, punctuation and word form are taken away."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConstantAnswer:
+    """The best answer that does not look at the clip."""
+
+    label: str
+    war: float
+    uar: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +53,10 @@ class EmotionMetrics:
     """Of a mean of independent binomial recalls."""
     recalls: dict[str, float]
     """Recall of every class that is present in the gold labels."""
+    intervals: Intervals
+    """95 % bootstrap intervals of WAR and UAR."""
+    constant: ConstantAnswer
+    """What always giving the most frequent gold label would reach."""
 
     @property
     def num_clips(self) -> int:
@@ -151,6 +165,7 @@ def _summary(rows: tuple[str, ...], confusion: list[list[int]]) -> EmotionMetric
     recalls = {label: confusion[i][i] / sizes[label] for i, label in enumerate(rows) if sizes[label]}
     total = sum(sizes.values())
     war = sum(confusion[i][i] for i in range(len(rows))) / total
+    most = max(sizes, key=lambda label: sizes[label])
     uar_variance = sum(recall * (1 - recall) / sizes[label] for label, recall in recalls.items())
     return EmotionMetrics(
         labels=rows,
@@ -160,4 +175,6 @@ def _summary(rows: tuple[str, ...], confusion: list[list[int]]) -> EmotionMetric
         uar=sum(recalls.values()) / len(recalls),
         uar_standard_error=math.sqrt(uar_variance) / len(recalls),
         recalls=recalls,
+        intervals=bootstrap_intervals({label: confusion[i][i] for i, label in enumerate(rows)}, sizes),
+        constant=ConstantAnswer(label=most, war=sizes[most] / total, uar=1 / len(recalls)),
     )

@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Self
 
+import numpy as np
+
+from omnigrpo.evaluate.bootstrap import Interval, Intervals
 from omnigrpo.evaluate.emotion_metrics import (
+    ConstantAnswer,
     EmotionMetrics,
     Matching,
     PairRecall,
@@ -31,6 +35,29 @@ class EvaluatedClip:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenQuantiles:
+    """How long the completions are, in tokens."""
+
+    least: int
+    quarter: float
+    median: float
+    three_quarters: float
+    most: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Self:
+        """Of one length per completion, at least one."""
+        quarter, median, three_quarters = np.percentile(lengths, [25, 50, 75]).tolist()
+        return cls(
+            least=min(lengths),
+            quarter=quarter,
+            median=median,
+            three_quarters=three_quarters,
+            most=max(lengths),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationReport:
     """Figures of one model on one split, and the completions behind them."""
 
@@ -46,6 +73,7 @@ class EvaluationReport:
     truncated_rate: float
     """Share of completions that reached the token limit."""
     mean_completion_tokens: float
+    completion_tokens: TokenQuantiles
     seconds: float
     """Wall time of generation."""
     clips: tuple[EvaluatedClip, ...]
@@ -73,6 +101,7 @@ class EvaluationReport:
                 | {
                     "strict": _metrics_from_json(data["strict"]),
                     "alias": _metrics_from_json(data["alias"]),
+                    "completion_tokens": TokenQuantiles(**data["completion_tokens"]),
                     "pairs": tuple(_pair_from_json(pair) for pair in data["pairs"]),
                     "clips": tuple(EvaluatedClip(**clip) for clip in data["clips"]),
                 }
@@ -112,6 +141,7 @@ def summarise(
         format_rate=sum(in_format.is_right(clip.text) for clip in clips) / len(clips),
         truncated_rate=sum(clip.finish_reason == "length" for clip in clips) / len(clips),
         mean_completion_tokens=sum(clip.num_tokens for clip in clips) / len(clips),
+        completion_tokens=TokenQuantiles.of([clip.num_tokens for clip in clips]),
         seconds=seconds,
         clips=tuple(clips),
         num_dropped=len(dropped),
@@ -120,7 +150,16 @@ def summarise(
 
 def _metrics_from_json(data: dict) -> EmotionMetrics:
     confusion = tuple(tuple(row) for row in data["confusion"])
-    return EmotionMetrics(**data | {"labels": tuple(data["labels"]), "confusion": confusion})
+    intervals = Intervals(**{name: Interval(**ends) for name, ends in data["intervals"].items()})
+    return EmotionMetrics(
+        **data
+        | {
+            "labels": tuple(data["labels"]),
+            "confusion": confusion,
+            "intervals": intervals,
+            "constant": ConstantAnswer(**data["constant"]),
+        }
+    )
 
 
 def _pair_from_json(data: dict) -> PairRecall:

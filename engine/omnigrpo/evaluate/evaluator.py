@@ -22,13 +22,15 @@ def evaluate(
     pairs: Sequence[tuple[str, str]] = (),
     dropped: Sequence[DroppedPrompt] = (),
     batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
+    done: Sequence[EvaluatedClip] = (),
+    on_batch: Callable[[Sequence[EvaluatedClip]], None] | None = None,
 ) -> EvaluationReport:
     """Answer every prompt once, greedily, and compare the answers with the solutions.
 
     ``prefixes`` may be a generator: ``batch_size`` of them are held at a time. ``sampling`` gives the limits;
     its temperature, top-k, top-p and token budget are ignored. ``detokenize`` leaves special tokens out.
-    ``on_batch`` is told the number of prompts answered so far. ``dropped`` is read after the last prefix only, so a
+    ``done`` are clips that were answered before, which the report counts too; ``prefixes`` must leave them out.
+    ``on_batch`` is given the clips of every batch. ``dropped`` is read after the last prefix only, so a
     generator may go on filling it (a list) while its prefixes are consumed.
 
     Raises ValueError when there is no prompt left to answer.
@@ -36,18 +38,19 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     greedy = replace(sampling, temperature=0.0, top_k=0, top_p=1.0, token_budget=None)
-    clips: list[EvaluatedClip] = []
+    clips = list(done)
     seconds = 0.0
     for batch in _batched(prefixes, batch_size):
         started = time.perf_counter()
         requests = [GroupRequest(prefix=prefix, seeds=(0,)) for prefix in batch]
         completions = collect(engine.generate(requests, greedy), len(batch))
         seconds += time.perf_counter() - started
-        clips += [
+        answered = [
             _evaluated(prefix, only, detokenize) for prefix, (only,) in zip(batch, completions, strict=True)
         ]
+        clips += answered
         if on_batch is not None:
-            on_batch(len(clips))
+            on_batch(answered)
     if not clips:
         raise ValueError(
             f"nothing to evaluate on split {split!r}: no usable prompt, {len(dropped)} dropped"

@@ -32,12 +32,17 @@ def render(run: RunData) -> str:
         rollouts_section(run),
         dropped_section(run),
     )
-    title = escape(f"{run.directory.resolve().name}: omnigrpo report")
+    title = f"{run.directory.resolve().name}: omnigrpo report"
+    return document(title, f"{header(run)}{''.join(sections)}")
+
+
+def document(title: str, body: str) -> str:
+    """A self-contained page around HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; img-src data:\">"
-        f"<title>{title}</title><style>{STYLE}</style></head>"
-        f"<body><main>{header(run)}{''.join(sections)}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
     )

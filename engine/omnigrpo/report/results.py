@@ -57,7 +57,7 @@ def confusion_section(run: RunData) -> str:
     if not run.evaluations:
         return section("confusion", "Confusion matrices", missing(_NO_EVALUATIONS))
     body = "".join(
-        f"<h3>{escape(split_name(split))}</h3>" + _side_by_side(run, split, _confusion_figure)
+        f"<h3>{escape(split_name(split))}</h3>" + _side_by_side(run, split, confusion_figure)
         for split in run.splits
     )
     note = "Clips by gold label and answer; the shade is the share of the row. Alias matching."
@@ -116,7 +116,8 @@ def _side_by_side(run: RunData, split: str, draw: Callable[[EvaluationReport], s
     return f'<div class="pairs">{"".join(parts)}</div>'
 
 
-def _confusion_figure(report: EvaluationReport) -> str:
+def confusion_figure(report: EvaluationReport) -> str:
+    """One report's confusion matrix."""
     title = f"{stage_name(report.stage)}, {split_name(report.split)}: {percent(report.alias.war)} % right"
     size = 0.42 * (len(report.alias.labels) + 1) + 1.2
     return figure(

@@ -1,0 +1,105 @@
+"""Evaluations that are interrupted and go on, and the pages that they write."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import omnigrpo.run
+from omnigrpo.cli import app
+from omnigrpo.config import load_config
+from omnigrpo.evaluate.evaluation_report import EvaluatedClip
+from omnigrpo.evaluate.journal import EvaluationJournal
+from omnigrpo.run import run_evaluation
+
+PARTIAL = "eval_heldout.partial.jsonl"
+
+
+def config(job, *more: str):
+    settings = job.settings(Path(), f"data.evaluate={{heldout='{job.data}/heldout.json'}}", *more)
+    return load_config(None, settings)
+
+
+class ProcessEnd(BaseException):
+    """Stands for the end of the process."""
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    keep = EvaluationJournal.add
+    left = [batches]
+
+    def add(self: EvaluationJournal, clips: list[EvaluatedClip]) -> None:
+        keep(self, clips)
+        left[0] -= 1
+        if not left[0]:
+            raise ProcessEnd
+
+    monkeypatch.setattr(EvaluationJournal, "add", add)
+
+
+def test_an_interrupted_evaluation_goes_on(job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(omnigrpo.run, "EVALUATION_BATCH", 2)
+    whole = run_evaluation(config(job), output=None)["heldout"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(ProcessEnd):
+            run_evaluation(config(job), output=tmp_path)
+    assert len((tmp_path / PARTIAL).read_text().splitlines()) == 1 + 4
+
+    answered: list[int] = []
+    keep = EvaluationJournal.add
+
+    def counted(self: EvaluationJournal, clips: list[EvaluatedClip]) -> None:
+        answered.append(len(clips))
+        keep(self, clips)
+
+    monkeypatch.setattr(EvaluationJournal, "add", counted)
+    resumed = run_evaluation(config(job), output=tmp_path)["heldout"]
+    assert answered == [2, 1]
+    assert resumed.clips == whole.clips
+    assert resumed.strict == whole.strict
+    assert not (tmp_path / PARTIAL).exists()
+    assert (tmp_path / "eval_heldout.json").is_file()
+
+
+def test_other_settings_do_not_go_on(job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(omnigrpo.run, "EVALUATION_BATCH", 2)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(ProcessEnd):
+            run_evaluation(config(job), output=tmp_path)
+    report = run_evaluation(config(job, "rollout.max_new_tokens=3"), output=tmp_path)["heldout"]
+    assert {clip.num_tokens for clip in report.clips} <= {1, 2, 3}
+
+
+def as_benchmark(job, name: str, path: Path, *, label: str | None = None) -> Path:
+    items = json.loads((job.data / "heldout.json").read_text())
+    for item in items:
+        item["video"] = str(job.data / item["video"])
+        if label is not None:
+            item["conversations"][1]["value"] = label
+    (path / f"{name}.json").write_text(json.dumps(items))
+    return path / f"{name}.json"
+
+
+def test_a_benchmarks_page_has_published_and_measured_figures(job, tmp_path: Path) -> None:
+    split = as_benchmark(job, "dfew_test", tmp_path)
+    arguments = ["eval", "--model", str(job.base), "--data", str(split), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--set", "rollout.max_new_tokens=4"])
+    assert result.exit_code == 0, result.output
+    markdown = (tmp_path / "out" / "eval.md").read_text()
+    assert "## DFEW: published and measured (7 clips here, 2341 there)" in markdown
+    assert "| R1-Omni | 65.83 | 56.27 |" in markdown
+    assert "| measured, strict | 0.00 | 0.00 |" in markdown
+    assert "| always " in markdown
+    page = (tmp_path / "out" / "eval.html").read_text()
+    assert page.count("<svg") == 1
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_label_outside_the_benchmarks_set(job, tmp_path: Path) -> None:
+    split = as_benchmark(job, "mafw_test", tmp_path, label="bored")
+    result = CliRunner().invoke(app, ["eval", "--model", str(job.base), "--data", str(split)])
+    assert isinstance(result.exception, ValueError)
+    assert "gold labels 'bored' are not among" in str(result.exception)
