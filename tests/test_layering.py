@@ -40,8 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "sft": {"algorithm", "data", "metrics", "model", "omnigrpo_kernels", "prefix_source", "runtime", "schema"},
     "loop": {"metrics", "runtime", "schema", "step_records"},
     "config": {
-        "algorithm", "data", "feature_source", "loop", "model", "omnigrpo_kernels", "reward", "rollout", "runtime",
-        "trainer",
+        "algorithm", "data", "evaluate", "feature_source", "loop", "model", "omnigrpo_kernels", "reward", "rollout",
+        "runtime", "trainer",
     },
     "run": {
         "algorithm", "attribution", "config", "data", "evaluate", "group_sampler", "loop", "metrics", "model",

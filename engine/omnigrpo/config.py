@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from omnigrpo.algorithm.advantage import AdvantageConfig
 from omnigrpo.algorithm.agreement import AgreementConfig
 from omnigrpo.data.dataset import PromptStyle
+from omnigrpo.evaluate.evaluator import EvaluationConfig
 from omnigrpo.feature_source import MediaConfig
 from omnigrpo.loop import LoopConfig
 from omnigrpo.model.prompting import PromptTemplate
@@ -52,6 +53,12 @@ class ModelConfig:
     """Recompute each decoder layer in the backward pass: less memory, a third more work."""
     train_bert: bool = False
     """Train the gate's BERT too, as the reference implementation does."""
+    bert_dropout: bool = False
+    """Keep BERT's dropout of 0.1 live in training, as the reference does, also where BERT is frozen. Every pass of a
+    prefix draws a mask of its own: one in the rollout, one in the update, which the samples of the group share (the
+    reference draws one for each of its G copies). Never live in the KL's reference model or in an evaluation."""
+    reset_gate: bool = False
+    """Draw the gate's MLP anew where supervised training starts, as the reference does; not for GRPO."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +89,7 @@ class RunConfig:
     agreement: AgreementConfig = field(default_factory=AgreementConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         """Reject, before anything is loaded, what the parts would refuse of each other."""
@@ -158,6 +166,7 @@ _MAY_CHANGE = (
     "media.timeout_seconds",
     "media.decoder",
     "data.evaluate",
+    "evaluation.",
     "model.device",
     "rollout.server",
     "rollout.sglang",

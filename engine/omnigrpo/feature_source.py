@@ -3,13 +3,14 @@
 Two stages, which may run in two threads: ``load`` looks up and decodes, ``encode`` runs the towers.
 """
 
+import logging
 import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,13 +21,20 @@ from omnigrpo.media.decode import DEFAULT_TIMEOUT_SECONDS, Decoder, SamplingConf
 from omnigrpo.media.decode_dali import require_dali
 from omnigrpo.media.decode_pyav import open_file
 from omnigrpo.media.feature_cache import CacheHit, FeatureCache, feature_key
-from omnigrpo.media.log_mel import whisper_log_mel
+from omnigrpo.media.log_mel import SAMPLE_RATE_HZ, whisper_log_mel
 from omnigrpo.media.pixels import Aspect, siglip_pixels
 from omnigrpo.media.sampling import Colour
 from omnigrpo.model.humanomni import HumanOmni
 from omnigrpo.runtime.side_stream import Handover, SideStream
 from omnigrpo.runtime.spans import Phase, SpanRecorder
 from omnigrpo.schema import Clip, ClipFeatures, ClipStatus, DecodedClip, Modality, Prompt
+
+AudioFailure = Literal["drop", "silence"]
+
+SILENCE_SECONDS = 10
+"""Length of what the reference hears where sound cannot be decoded."""
+
+_log = logging.getLogger(__name__)
 
 RECIPE_VERSION = 4
 """Raised whenever decoding, pixels, log-mel or towers change what they compute: older cached features are void."""
@@ -48,6 +56,10 @@ class MediaConfig:
     set ``colour`` to bt601: DALI gets no clip that names another matrix."""
     num_workers: int = 2
     """Decoding threads."""
+    audio_failure: AudioFailure = "drop"
+    """What becomes of a prompt for video and audio whose clip has no sound that can be decoded. drop: it leaves its
+    step, with the reason; silence: it is trained on with 10 s of zeros for its sound, as the reference does, and the
+    reason goes to the log. A clip whose pictures cannot be decoded, and a prompt for audio alone, are dropped."""
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
     """A clip that takes longer to decode is dropped."""
     cache_directory: Path | None = None
@@ -73,6 +85,10 @@ class MediaConfig:
         if self.decoder not in get_args(Decoder):
             raise ValueError(
                 f"media.decoder must be one of {', '.join(get_args(Decoder))}, got {self.decoder!r}"
+            )
+        if self.audio_failure not in get_args(AudioFailure):
+            raise ValueError(
+                f"media.audio_failure must be one of {', '.join(get_args(AudioFailure))}, got {self.audio_failure!r}"
             )
         if not self.timeout_seconds > 0:
             raise ValueError(f"media.timeout_seconds must be above 0, got {self.timeout_seconds}")
@@ -151,6 +167,8 @@ class FeatureSource:
         self._recipe = (
             f"{RECIPE_VERSION}/{tower_hash}/{geometry}/{config.aspect}/{config.min_frames}/{config.colour}"
         )
+        if config.audio_failure == "silence":  # A run that drops such clips must not find their features.
+            self._recipe += "/silence"
         self.cache = FeatureCache(
             config.cache_directory, config.cache_budget_mib * 2**20, config.cache_disk_budget_mib * 2**20
         )
@@ -264,22 +282,45 @@ class FeatureSource:
                 device=self._model.device,
             )
         self.num_decoded += len(decoded)
-        return dict(zip(requests, decoded, strict=True))
+        results = dict(zip(requests, decoded, strict=True))
+        if self._config.audio_failure == "silence":
+            results |= self._silenced(results)
+        return results
+
+    def _silenced(self, decoded: dict[Request, TowerInput]) -> dict[Request, TowerInput]:
+        """The clips that can be used once their sound is replaced by silence."""
+        sound: Modality = "audio"
+        failed = {
+            request: (request[0], tuple(m for m in request[1] if m != sound))
+            for request, item in decoded.items()
+            if item.clip.status is not ClipStatus.OK and sound in request[1] and len(request[1]) > 1
+        }
+        pictures = self._decode(list(failed.values()))
+        results: dict[Request, TowerInput] = {}
+        for request, without_sound in failed.items():
+            item = pictures[without_sound]
+            if item.clip.status is ClipStatus.OK:
+                _log.warning("silence stands for the sound of a clip: %s", decoded[request].clip.error)
+                results[request] = replace(
+                    item, mel_ML=self._mel(torch.zeros(SILENCE_SECONDS * SAMPLE_RATE_HZ))
+                )
+        return results
 
     def _tower_input(self, clip: DecodedClip) -> TowerInput:
         """Pixels and log-mel of one clip, in the thread that opened it; pixels are where the frames are."""
         if self._closing.is_set():
             raise RuntimeError("the feature source is closed; nothing is decoded any more")
-        audio = self._model.config.audio
         pixels_F3SS = mel_ML = None
         if clip.frames_FHWC is not None:
             pixels_F3SS = self._pixels(clip.frames_FHWC)
         if clip.waveform is not None:
-            mel_ML = whisper_log_mel(
-                clip.waveform, num_mel_bins=audio.num_mel_bins, chunk_seconds=audio.chunk_seconds
-            )
+            mel_ML = self._mel(clip.waveform)
         bare = replace(clip, frames_FHWC=None, waveform=None)
         return TowerInput(clip=bare, pixels_F3SS=pixels_F3SS, mel_ML=mel_ML)
+
+    def _mel(self, waveform: Tensor) -> Tensor:
+        audio = self._model.config.audio
+        return whisper_log_mel(waveform, num_mel_bins=audio.num_mel_bins, chunk_seconds=audio.chunk_seconds)
 
     def _pixels(self, frames_FHWC: Tensor) -> Tensor:
         """SigLIP pixels where the frames are; on a GPU not behind what the trainer has queued on its own stream."""

@@ -71,6 +71,8 @@ def run_sft(config: RunConfig, *, resume: bool = False) -> None:
     check_responses(prompts, config.data.train)
     checkpoint = _start(config, resume)
     with open_parts(config, checkpoint) as parts:
+        if config.model.reset_gate and checkpoint is None:
+            parts.loaded.model.reset_gate(config.run.seed)
         optimizer = _optimizer(config, parts, total_steps=config.run.steps)
         trainer = SupervisedTrainer(
             policy=parts.loaded.model,
@@ -87,6 +89,11 @@ def run_sft(config: RunConfig, *, resume: bool = False) -> None:
 
 def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
     """GRPO; writes the run directory and, at its end, the model."""
+    if config.model.reset_gate:
+        raise ConfigError(
+            "model.reset_gate would throw away the gate that GRPO starts from: it is for supervised training; leave it "
+            "out"
+        )
     prompts = _read(config, config.data.train)
     rewards = RewardSet.from_config(config.reward)
     checkpoint = _start(config, resume)
@@ -145,6 +152,7 @@ def run_evaluation(
     splits = {name: _read(config, path) for name, path in config.data.evaluate.items()}
     reports: dict[str, EvaluationReport] = {}
     with open_parts(config, None) as parts, closing(_build_rollout(config, parts)) as engine:
+        parts.loaded.model.eval()
         for split, prompts in splits.items():
             name = f"{stage}_{split}"
             journal = None if output is None else _journal(config, output / f"{name}.partial.jsonl", prompts)
@@ -208,6 +216,7 @@ def _evaluate_split(
             labels=None if benchmark is None else benchmark.labels,
             pairs=pairs,
             dropped=dropped,
+            answer=config.evaluation.answer,
             batch_size=EVALUATION_BATCH,
             done=done,
             on_batch=on_batch,
@@ -278,7 +287,7 @@ def open_parts(config: RunConfig, checkpoint: Path | None) -> Iterator[Parts]:
     random.seed(config.run.seed)
     directory = config.model.path if checkpoint is None else model_directory(checkpoint)
     loaded = _load(config, directory)
-    loaded.model.configure_bert(trainable=config.model.train_bert)
+    loaded.model.configure_bert(trainable=config.model.train_bert, dropout=config.model.bert_dropout)
     loaded.model.decoder.checkpoint_activations = config.model.checkpoint_activations
     encoder = PromptEncoder(loaded.tokenizer, loaded.gate_tokenizer, loaded.model.config, config.prompt)
     spans = SpanRecorder(synchronize_cuda=config.run.synchronize_cuda)

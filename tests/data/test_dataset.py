@@ -25,6 +25,24 @@ def test_bare_label(tmp_path):
     assert prompt.question == f"Which emotion?\n{INSTRUCTION}"
 
 
+def test_a_bare_label_can_be_what_is_imitated(tmp_path):
+    tagged = "<think>A broad smile.</think>\n<answer>happy</answer>"
+    path = write(tmp_path / "sft.json", [item(" sad "), item(tagged)])
+    bare = read_dataset(path, PromptStyle(instruction="", label_response="{label}"))
+    assert [(p.solution, p.response, p.question) for p in bare] == [
+        ("sad", "sad", "Which emotion?"),
+        ("happy", tagged, "Which emotion?"),
+    ]
+    check_responses(bare, path)
+    wrapped = read_dataset(path, PromptStyle(label_response="<answer>{label}</answer>"))
+    assert wrapped[0].response == "<answer>sad</answer>"
+
+
+def test_a_response_without_the_label_is_refused():
+    with pytest.raises(ValueError, match=r"label_response must contain \{label\}, got 'label'"):
+        PromptStyle(label_response="label")
+
+
 def test_tagged_response(tmp_path):
     text = "<think>A broad smile.</think>\n<answer>happy</answer>"
     (prompt,) = read_dataset(write(tmp_path / "sft.json", [item(text)]), PromptStyle())

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
 from omnigrpo.data.dataset import PromptStyle, read_dataset
+from omnigrpo.media.log_mel import whisper_log_mel
 from omnigrpo.metrics import Metric
 from omnigrpo.model.checkpoint_format import load_model, towers_hash
 from omnigrpo.model.prompting import PromptEncoder, PromptTemplate
 from omnigrpo.prefix_source import MediaConfig, PrefixSource
 from omnigrpo.runtime.spans import Phase, SpanRecorder
-from omnigrpo.schema import Clip, ClipStatus
+from omnigrpo.schema import Clip, ClipStatus, Prompt
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +255,66 @@ def test_features_do_not_depend_on_the_batch(make_source, prompts):
     for index, prompt in enumerate(prompts):
         alone = make_source().inputs([prompt])
         assert torch.equal(alone.inputs[0].features.vision_FND, together.inputs[index].features.vision_FND)
+
+
+def without_sound(source: Path, target: Path) -> None:
+    """The same pictures in a file that has no sound stream."""
+    with av.open(source) as found, av.open(target, "w") as written:
+        stream = written.add_stream_from_template(found.streams.video[0])
+        for packet in found.demux(found.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                written.mux(packet)
+
+
+def mute_one(prompts: Sequence[Prompt], tmp_path: Path) -> Prompt:
+    mute = tmp_path / "mute.mp4"
+    without_sound(prompts[0].clip.path, mute)
+    return replace(prompts[0], prompt_id="mute", clip=Clip(path=mute))
+
+
+def test_a_clip_without_sound_is_dropped_or_heard_as_silence(make_source, loaded, prompts, tmp_path, caplog):
+    asked = [mute_one(prompts, tmp_path), *prompts[:2]]
+    dropping, silent = make_source(), make_source(audio_failure="silence")
+    (lost,) = dropping.inputs(asked).dropped
+    assert (lost.prompt_id, lost.status) == ("mute", ClipStatus.NO_AUDIO)
+
+    batch = silent.inputs(asked)
+    assert batch.dropped == ()
+    mute, whole, _ = batch.inputs
+    assert "mute.mp4" in caplog.text
+    assert mute.features.vision_FND.equal(whole.features.vision_FND)
+    config = loaded.model.config.audio
+    mel_ML = whisper_log_mel(
+        torch.zeros(160_000), num_mel_bins=config.num_mel_bins, chunk_seconds=config.chunk_seconds
+    )
+    (of_zeros,) = loaded.model.encode(None, mel_ML[None])
+    assert mute.features.audio_AD.equal(of_zeros.audio_AD)
+    assert same_features(make_source().inputs(prompts[:2]), replace(batch, inputs=batch.inputs[1:]))
+
+
+def test_silence_is_no_cached_feature_of_a_run_that_drops(make_source, prompts, tmp_path):
+    asked = [mute_one(prompts, tmp_path)]
+    cache = tmp_path / "features"
+    silent = make_source(audio_failure="silence", cache_directory=cache)
+    assert len(silent.inputs(asked).inputs) == 1
+    silent.close()
+    assert len(make_source(cache_directory=cache).inputs(asked).dropped) == 1
+
+
+def test_silence_does_not_stand_for_pictures(make_source, prompts, tmp_path):
+    broken = replace(prompts[0], prompt_id="broken", clip=Clip(path=tmp_path / "absent.mp4"))
+    sound = replace(mute_one(prompts, tmp_path), prompt_id="sound", modalities=("audio",))
+    batch = make_source(audio_failure="silence").inputs([broken, sound])
+    assert [(d.prompt_id, d.status) for d in batch.dropped] == [
+        ("broken", ClipStatus.MISSING),
+        ("sound", ClipStatus.NO_AUDIO),
+    ]
+
+
+def test_without_memory_every_step_decodes_again(make_source, prompts):
+    kept, forgetful = make_source(), make_source(cache_budget_mib=0)
+    for source in (kept, forgetful):
+        first, second = source.inputs(prompts[:2]), source.inputs(prompts[:2])
+        assert same_features(first, second)
+    assert (kept.num_decoded, forgetful.num_decoded) == (2, 4)

@@ -168,6 +168,36 @@ def test_bert_dropout_is_live_only_when_asked_for_and_training(model: HumanOmni)
     assert not model.eval().model.bert_model.training
 
 
+def test_equal_questions_have_dropout_masks_of_their_own(model: HumanOmni, make_inputs) -> None:
+    item, rows = make_inputs(), model.config.vision.num_tokens
+
+    def visual_rows() -> list[torch.Tensor]:
+        embedded = model.embed_prefixes([item, item]).split(len(item.token_ids_P))
+        return [part[item.token_ids_P == VIDEO_ROW] for part in embedded]
+
+    first, second = visual_rows()
+    assert first.equal(second)
+    model.configure_bert(trainable=False, dropout=True)
+    first, second = visual_rows()
+    assert len(first) == rows
+    assert not first.allclose(second, atol=1e-6)
+    model.eval()
+    first, second = visual_rows()
+    assert first.equal(second)
+
+
+def test_reset_gate_redraws_the_gate_alone(model: HumanOmni) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    model.reset_gate(5)
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changed = {name for name, tensor in first.items() if not tensor.equal(before[name])}
+    assert changed == {f"model.bert_gate.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    assert torch.get_rng_state().equal(state)
+    model.reset_gate(5)
+    assert all(tensor.equal(first[name]) for name, tensor in model.state_dict().items())
+
+
 def test_every_trainable_parameter_gets_a_gradient(model: HumanOmni, make_inputs) -> None:
     rows = model.embed_prefixes([make_inputs()])
     layout = SharedPrefixLayout(prefix_lengths=(len(rows),), completion_lengths=((),))

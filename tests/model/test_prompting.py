@@ -107,6 +107,15 @@ def test_rows_of_a_prompt(encoder: PromptEncoder, tokenizers: Tokenizers, make_i
     assert (item.question_ids[0], item.question_ids[-1]) == (2, 3)
 
 
+def test_end_of_text_ends_an_answer_unless_it_is_switched_off(
+    encoder: PromptEncoder, tokenizers: Tokenizers
+) -> None:
+    end_of_turn, end_of_text = tokenizers.text.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert encoder.stop_token_ids == (end_of_turn, end_of_text)
+    encoder.template = PromptTemplate(stop_at_end_of_text=False)
+    assert encoder.stop_token_ids == (end_of_turn,)
+
+
 def test_tags_are_plain_text(tokenizers: Tokenizers) -> None:
     for tag in ("<think>", "<answer>", "<vi_start>", "<au_end>"):
         assert len(tokenizers.text.encode(tag)) > 1

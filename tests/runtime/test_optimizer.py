@@ -47,6 +47,20 @@ def test_cosine_schedule_by_hand():
     assert rates == pytest.approx([2.0, 2.0, quarter, 1.1, 0.2, 0.2])
 
 
+def test_warmup_by_ratio_is_a_share_of_the_run_rounded_up():
+    config = OptimizerConfig(learning_rate=1.0, warmup_ratio=0.03, schedule="cosine")
+    by_hand = replace(config, warmup_ratio=0.0, warmup_steps=6)  # ceil(0.03 * 181)
+    rates = [learning_rate(config, step, 181) for step in range(190)]
+    assert rates == [learning_rate(by_hand, step, 181) for step in range(190)]
+    assert (rates[0], rates[5]) == (pytest.approx(1 / 6), 1.0)
+    assert max(rates[7:]) < 1.0
+
+
+def test_warmup_is_given_once():
+    with pytest.raises(ValueError, match=r"warmup_steps is 3 and warmup_ratio 0\.1: give one"):
+        OptimizerConfig(warmup_steps=3, warmup_ratio=0.1)
+
+
 def test_a_run_shorter_than_its_warmup_is_legal():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=10)
     assert learning_rate(config, 2, 3) == pytest.approx(0.3)
@@ -187,6 +201,7 @@ def test_state_of_another_dtype_is_refused():
         ("warmup_steps", -1),
         ("schedule", "step"),
         ("min_lr_ratio", 2.0),
+        ("warmup_ratio", 1.5),
     ],
 )
 def test_invalid_config_names_the_field(field: str, value: object):

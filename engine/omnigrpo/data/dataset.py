@@ -25,6 +25,17 @@ class PromptStyle:
     """Asked for after every question; empty to leave the question alone."""
     separator: str = "\n"
     """Between question and instruction (a newline in R1-Omni's RL prompt)."""
+    label_response: str | None = None
+    """What supervised training imitates where the gpt text is a bare label, with ``{label}`` for the label; None
+    refuses such data. ``"{label}"`` is the label itself, R1-Omni's baseline without reasoning."""
+
+    def __post_init__(self) -> None:
+        """Reject a response without the label."""
+        if self.label_response is not None and "{label}" not in self.label_response:
+            raise ValueError(
+                f"data.style.label_response must contain {{label}}, got {self.label_response!r}: every label would "
+                "have the same response"
+            )
 
 
 def read_dataset(path: Path, style: PromptStyle, *, media_root: Path | None = None) -> tuple[Prompt, ...]:
@@ -53,7 +64,8 @@ def check_responses(prompts: Sequence[Prompt], path: Path) -> None:
         if prompt.response is None:
             raise DatasetError(
                 f"{path}, item {index}: supervised training needs a gpt text with <think> and <answer> tags, "
-                f"got the bare label {prompt.solution!r}; use a cold-start file, or `omnigrpo train` for labels"
+                f"got the bare label {prompt.solution!r}; use a cold-start file, `omnigrpo train` for labels, or set "
+                "data.style.label_response='{label}' to imitate bare labels"
             )
 
 
@@ -79,6 +91,8 @@ def _prompt(item: object, where: str, index: int, root: Path, style: PromptStyle
     human, answer = _turns(item, where)
     question, modalities = _split_tags(human, where)
     tagged = _ANSWER.search(answer)
+    solution = (tagged.group(1) if tagged else answer).strip()
+    of_label = style.label_response and style.label_response.replace("{label}", solution)
     return Prompt(
         prompt_id=str(item.get("id", f"{index:06d}")),
         clip=Clip(
@@ -88,8 +102,8 @@ def _prompt(item: object, where: str, index: int, root: Path, style: PromptStyle
         ),
         question=_with_instruction(question, style),
         modalities=modalities,
-        solution=(tagged.group(1) if tagged else answer).strip(),
-        response=answer if tagged else None,
+        solution=solution,
+        response=answer if tagged else of_label,
         subtitle=_subtitle(item, where),
     )
 

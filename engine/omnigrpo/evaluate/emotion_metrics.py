@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from omnigrpo.evaluate.bootstrap import Intervals, bootstrap_intervals
 from omnigrpo.reward.aliases import canonical_label
@@ -17,6 +18,11 @@ from omnigrpo.reward.tagged_answer import first_answer
 
 OTHER = "other"
 """Name of the confusion matrix's last column: answers that are no label of the set."""
+
+
+AnswerRule = Literal["tags", "raw"]
+"""Which part of a completion is its answer. tags: the first answer block, the whole text without one. raw: the whole
+text without leading blanks, as the reference's evaluation scripts have it, which never look for tags."""
 
 
 class Matching(StrEnum):
@@ -82,9 +88,9 @@ class PairRecall:
         return None if first is None or second is None else (first + second) / 2
 
 
-def predicted_label(text: str, matching: Matching) -> str:
-    """The label that a completion answers with: its first answer block, the whole text without one."""
-    return label_form(first_answer(text), matching)
+def predicted_label(text: str, matching: Matching, answer: AnswerRule = "tags") -> str:
+    """The label that a completion answers with: by ``answer``, in the form of ``matching``."""
+    return label_form(text.lstrip() if answer == "raw" else first_answer(text), matching)
 
 
 def label_form(label: str, matching: Matching) -> str:

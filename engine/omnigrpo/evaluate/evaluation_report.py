@@ -8,6 +8,7 @@ import numpy as np
 
 from omnigrpo.evaluate.bootstrap import Interval, Intervals
 from omnigrpo.evaluate.emotion_metrics import (
+    AnswerRule,
     ConstantAnswer,
     EmotionMetrics,
     Matching,
@@ -121,11 +122,12 @@ def summarise(
     pairs: Sequence[tuple[str, str]] = (),
     dropped: Sequence[DroppedPrompt] = (),
     seconds: float = 0.0,
+    answer: AnswerRule = "tags",
 ) -> EvaluationReport:
     """Work out every figure of the report from the completions."""
     golds = [clip.solution for clip in clips]
     predictions = {
-        matching: [predicted_label(clip.text, matching) for clip in clips] for matching in Matching
+        matching: [predicted_label(clip.text, matching, answer) for clip in clips] for matching in Matching
     }
     strict, alias = (
         emotion_metrics(golds, predictions[matching], matching=matching, labels=labels)

@@ -2,12 +2,30 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import get_args
 
+from omnigrpo.evaluate.emotion_metrics import AnswerRule
 from omnigrpo.evaluate.evaluation_report import EvaluatedClip, EvaluationReport, summarise
 from omnigrpo.rollout.interface import GroupRequest, Sampler, SamplingParams, collect
 from omnigrpo.schema import Completion, DroppedPrompt, Prefix
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """How answers are read in an evaluation."""
+
+    answer: AnswerRule = "tags"
+    """tags: what the first answer block holds, the whole text without one; raw: the whole text, as the reference's
+    evaluation scripts compare it."""
+
+    def __post_init__(self) -> None:
+        """Reject an unknown rule."""
+        if self.answer not in get_args(AnswerRule):
+            raise ValueError(
+                f"evaluation.answer must be one of {', '.join(get_args(AnswerRule))}, got {self.answer!r}"
+            )
 
 
 def evaluate(
@@ -24,6 +42,7 @@ def evaluate(
     batch_size: int = 32,
     done: Sequence[EvaluatedClip] = (),
     on_batch: Callable[[Sequence[EvaluatedClip]], None] | None = None,
+    answer: AnswerRule = "tags",
 ) -> EvaluationReport:
     """Answer every prompt once, greedily, and compare the answers with the solutions.
 
@@ -57,7 +76,14 @@ def evaluate(
             + (f", the first because {dropped[0].error}" if dropped else "")
         )
     return summarise(
-        clips, stage=stage, split=split, labels=labels, pairs=pairs, dropped=dropped, seconds=seconds
+        clips,
+        stage=stage,
+        split=split,
+        labels=labels,
+        pairs=pairs,
+        dropped=dropped,
+        seconds=seconds,
+        answer=answer,
     )
 
 

@@ -53,7 +53,10 @@ class QuestionStates:
         self._cached_weights: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, questions: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return the states of distinct questions, ``[Q, W]``; differentiable unless BERT is frozen."""
+        """Return the states of the questions, ``[Q, W]``; differentiable unless BERT is frozen.
+
+        With dropout live, each one has a mask of its own, equal questions too.
+        """
         if self._bert.training or any(p.requires_grad for p in self._bert.parameters()):
             return torch.stack([self._state(question) for question in questions])
         weights = tuple((p.data_ptr(), p._version) for p in self._bert.parameters())

@@ -130,6 +130,18 @@ class HumanOmni(nn.Module):
         self._bert_dropout = dropout
         self.train(self.training)
 
+    def reset_gate(self, seed: int) -> None:
+        """Draw the gate's MLP anew, as PyTorch initialises linear layers; the global generator is left alone.
+
+        What the reference's supervised training does at its start. It also loads the stock BERT again, which no
+        supervised training has changed.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for layer in self.model.bert_gate:
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that train, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -185,9 +197,12 @@ class HumanOmni(nn.Module):
     def _visual_rows(self, inputs: Sequence[PrefixInputs]) -> Tensor:
         """Project all clips of the call at once, ``[sum of visual rows, D]``."""
         questions = [tuple(item.question_ids.tolist()) for item in inputs]
-        distinct = list(dict.fromkeys(questions))
-        weights_Q3 = self.model.bert_gate(self._question_states(distinct)).softmax(-1)
-        weights_B3 = weights_Q3[torch.tensor([distinct.index(q) for q in questions], device=self.device)]
+        if self.model.bert_model.training:  # Every clip with a dropout mask of its own.
+            weights_B3 = self.model.bert_gate(self._question_states(questions)).softmax(-1)
+        else:
+            distinct = list(dict.fromkeys(questions))
+            weights_Q3 = self.model.bert_gate(self._question_states(distinct)).softmax(-1)
+            weights_B3 = weights_Q3[torch.tensor([distinct.index(q) for q in questions], device=self.device)]
         features_BFNC = self._stack([item.features.vision_FND for item in inputs])
         return self.model.mm_projector(features_BFNC, weights_B3).flatten(0, 1)
 

@@ -46,6 +46,9 @@ class PromptTemplate:
     """Let BERT read the wrapper text that the reference's SFT leaves before the question."""
     subtitle: bool = False
     """Put an item's subtitle, where it has one, in a line of its own before the question; BERT does not read it."""
+    stop_at_end_of_text: bool = True
+    """End an answer at <|endoftext|> too, not only at <|im_end|>. Without it all that follows up to <|im_end|> is
+    sampled and trained on; the reference's mask of a completion also ends at <|im_end|> alone."""
 
     def segments(
         self, question: str, modalities: tuple[Modality, ...], subtitle: str | None = None
@@ -108,8 +111,9 @@ class PromptEncoder:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: end of turn, end of text."""
-        return (self._id(END_OF_TURN), self._id(END_OF_TEXT))
+        """Ids that end an answer: end of turn and, unless the template says otherwise, end of text."""
+        ends = (END_OF_TURN, END_OF_TEXT) if self.template.stop_at_end_of_text else (END_OF_TURN,)
+        return tuple(self._id(token) for token in ends)
 
     def encode(self, prompt: Prompt, features: ClipFeatures) -> PrefixInputs:
         """Tokenise each stretch of text between modalities by itself, as the reference does.

@@ -27,6 +27,8 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0 only measures it."""
     warmup_steps: int = 0
     """Updates that climb to ``learning_rate``; the first one already moves."""
+    warmup_ratio: float = 0.0
+    """The same as a share of the run's updates, rounded up; in place of ``warmup_steps``."""
     schedule: Schedule = "linear"
     """Course from the end of the warm-up to the end of the run."""
     min_lr_ratio: float = 0.0
@@ -40,8 +42,13 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio}: give one of them"
+            )
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule must be constant, linear or cosine, got {self.schedule!r}")
 
@@ -127,15 +134,17 @@ class Optimizer:
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Learning rate of the update with this index, counted from 0, in a run of ``total_steps``.
 
-    Warm-up is ``peak * (step + 1) / warmup_steps``; then the schedule runs from the peak at the first update
-    after it to ``min_lr_ratio * peak`` at ``total_steps`` and stays there.
+    Warm-up is ``peak * (step + 1) / warmup`` over ``warmup_steps``, or ``ceil(warmup_ratio * total_steps)``; then the
+    schedule runs from the peak at the first update after it to ``min_lr_ratio * peak`` at ``total_steps`` and stays
+    there.
     """
     peak = config.learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
     if config.schedule == "constant":
         return peak
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     share = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
 
