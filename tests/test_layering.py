@@ -66,12 +66,17 @@ ALLOWED: dict[str, set[str]] = {
     "info": {"omnigrpo_kernels"},
     "pretrain_towers": {"data", "media", "model"},
     "probe_towers": {"data", "media", "model", "schema"},
-    "demo": {"config", "data", "evaluate", "metrics", "model", "progress", "report", "run"},
+    "stages": {"config", "evaluate", "metrics", "run"},
+    "demo": {"data", "evaluate", "metrics", "model", "progress", "report", "stages"},
+    "study": {"config", "data", "demo", "evaluate", "progress", "stages"},
+    "study_report": {"study"},
+    "reproduce": set(),
     "__main__": {"cli"},
     "wheel_commands": {"emotion_wheel"},
     "cli": {
         "attribute", "attribution", "config", "data", "data_commands", "demo", "encode_dataset", "generate",
-        "generate_command", "info", "media", "probe", "progress", "report", "rollout", "run", "wheel_commands",
+        "generate_command", "info", "media", "probe", "progress", "report", "reproduce", "rollout", "run", "study",
+        "study_report", "wheel_commands",
     },
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""

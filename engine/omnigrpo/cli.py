@@ -104,6 +104,40 @@ def train(
     run_grpo(load_config(config, [*(overrides or []), *_short(model, data, output, steps)]), resume=resume)
 
 
+@app.command()
+def study(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the study.")] = Path(
+        "runs/study"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...")] = 3,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="cold_start., sft. or rlvr. before a setting. Repeatable."),
+    ] = None,
+    rl: Annotated[int, typer.Option(min=7, help="Labelled clips, for SFT and RLVR alike.")] = 1008,
+    heldout: Annotated[int, typer.Option(min=7, help="Clips of each test split.")] = 210,
+) -> None:
+    """R1-Omni's Table 1 in miniature: base, cold start, SFT on labels and RLVR, in and out of distribution."""
+    from omnigrpo.data.synthetic.dataset import SyntheticConfig
+    from omnigrpo.reproduce import stage_overrides
+    from omnigrpo.study import StudyConfig, run_study
+    from omnigrpo.study_report import as_markdown, write_study
+
+    of_stage = stage_overrides(overrides or [], ("cold_start", "sft", "rlvr"))
+    settings = StudyConfig(
+        output=output,
+        seeds=tuple(range(seeds)),
+        data=SyntheticConfig(num_rl=rl, num_heldout=heldout, num_ood=heldout),
+        cold_start=of_stage["cold_start"],
+        sft=of_stage["sft"],
+        rlvr=of_stage["rlvr"],
+    )
+    result = run_study(settings)
+    typer.echo(as_markdown(result))
+    for path in write_study(result, output):
+        typer.echo(f"wrote {path}")
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Option("--model", help="Checkpoint directory.")],

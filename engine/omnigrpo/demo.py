@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
-from omnigrpo.config import RunConfig, load_config
 from omnigrpo.data.dataset import INSTRUCTION, PromptStyle
 from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset, vocabulary_texts
 from omnigrpo.data.synthetic.emotions import AUDIO_ONLY_PAIRS, VIDEO_ONLY_PAIRS
 from omnigrpo.data.synthetic.reasoning import QUESTION
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
-from omnigrpo.metrics import EVALUATIONS_DIRECTORY, METRICS_FILE, SECONDS_PREFIX, Metric, read_metrics
+from omnigrpo.metrics import EVALUATIONS_DIRECTORY, SECONDS_PREFIX, Metric, read_metrics
 from omnigrpo.model.checkpoint_format import Tokenizers, load_towers, save_model
 from omnigrpo.model.config import tiny
 from omnigrpo.model.humanomni import HumanOmni
@@ -29,7 +29,7 @@ from omnigrpo.model.tiny_tokenizer import build_gate_tokenizer, build_tokenizer
 from omnigrpo.progress import counting
 from omnigrpo.report.inputs import SUMMARY_FILE
 from omnigrpo.report.page import REPORT_FILE, write_report
-from omnigrpo.run import MODEL_DIRECTORY, run_evaluation, run_grpo, run_sft
+from omnigrpo.stages import Stage, evaluate_model, preset_config
 
 SPLITS = ("heldout", "ood")
 
@@ -57,10 +57,10 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
             "or choose another --output"
         )
     data, base, first = output / "data", output / "base", output / "cold_start"
-    cold_start = _settings(
-        config, "demo_cold_start", base, data / "cold_start.json", first, *config.cold_start
+    cold_start = _stage_of(
+        config, "cold_start", "sft", base, data / "cold_start.json", first, *config.cold_start
     )
-    grpo = _settings(config, "demo_grpo", first / MODEL_DIRECTORY, data / "rl.json", output, *config.grpo)
+    grpo = _stage_of(config, "grpo", "grpo", cold_start.model, data / "rl.json", output, *config.grpo)
 
     with _stage(console, seconds, "render clips"), counting("render clips") as show:
         generate_dataset(data, replace(config.data, seed=config.seed), on_progress=show)
@@ -68,13 +68,13 @@ def run_demo(config: DemoConfig) -> dict[str, object]:
     with _stage(console, seconds, "evaluate the untrained model"):
         untrained = _evaluate(console, grpo, base, "base")
     with _stage(console, seconds, "cold start"):
-        run_sft(cold_start, resume=_begun(first))
+        cold_start.run()
     with _stage(console, seconds, "evaluate the cold start"):
-        before = _evaluate(console, grpo, first / MODEL_DIRECTORY, "cold_start")
+        before = _evaluate(console, grpo, cold_start.model, "cold_start")
     with _stage(console, seconds, "GRPO"):
-        run_grpo(grpo, resume=_begun(output))
+        grpo.run()
     with _stage(console, seconds, "evaluate GRPO"):
-        after = _evaluate(console, grpo, output / MODEL_DIRECTORY, "grpo")
+        after = _evaluate(console, grpo, grpo.model, "grpo")
 
     summary = summarise(
         output, config.seed, {"base": untrained, "cold_start": before, "grpo": after}, seconds
@@ -137,25 +137,32 @@ def _figures(report: EvaluationReport) -> dict[str, object]:
     }
 
 
-def _settings(
-    config: DemoConfig, preset: str, model: Path, train: Path, output: Path, *extra: str
-) -> RunConfig:
-    with as_file(files("omnigrpo") / "presets" / f"{preset}.toml") as path:
-        values = {"model.path": model, "data.train": train, "run.output": output}
-        own = [f"{key}='''{value}'''" for key, value in values.items()]
-        splits = ", ".join(f"{split} = '''{config.output / 'data' / split}.json'''" for split in SPLITS)
-        return load_config(path, [*own, f"data.evaluate={{{splits}}}", f"run.seed={config.seed}", *extra])
+def _stage_of(
+    config: DemoConfig,
+    name: str,
+    kind: Literal["sft", "grpo"],
+    model: Path,
+    train: Path,
+    output: Path,
+    *extra: str,
+) -> Stage:
+    splits = {split: config.output / "data" / f"{split}.json" for split in SPLITS}
+    settings = preset_config(
+        f"demo_{name}",
+        model=model,
+        train=train,
+        output=output,
+        evaluate=splits,
+        overrides=[f"run.seed={config.seed}", *extra],
+    )
+    return Stage(name=name, kind=kind, config=settings)
 
 
-def _begun(run: Path) -> bool:
-    return (run / METRICS_FILE).exists()
-
-
-def _evaluate(console: Console, settings: RunConfig, model: Path, stage: str) -> dict[str, EvaluationReport]:
-    settings = replace(settings, model=replace(settings.model, path=model))
-    output = settings.run.output / EVALUATIONS_DIRECTORY
+def _evaluate(console: Console, grpo: Stage, model: Path, stage: str) -> dict[str, EvaluationReport]:
+    """With the settings of GRPO, whatever trained the model."""
+    output = grpo.config.run.output / EVALUATIONS_DIRECTORY
     pairs = (*AUDIO_ONLY_PAIRS, *VIDEO_ONLY_PAIRS)
-    reports = run_evaluation(settings, output=output, stage=stage, pairs=pairs)
+    reports = evaluate_model(grpo.config, model, stage, output, pairs=pairs)
     for split, report in reports.items():
         console.print(f"{stage} {split}: {report.headline()}", highlight=False)
     return reports

@@ -173,6 +173,7 @@ def _journal(config: RunConfig, path: Path, prompts: tuple[Prompt, ...]) -> Eval
         config.media.colour,
         config.prompt,
         config.rollout,
+        config.evaluation,
         prompts,
     )
     weights = (config.model.path / file for file in (MODEL_CONFIG_FILE, weights_path(config.model.path).name))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from omnigrpo import demo
+from omnigrpo import stages
 from omnigrpo.data.synthetic.dataset import SyntheticConfig
 from omnigrpo.demo import DemoConfig, run_demo
 from omnigrpo.metrics import read_metrics
@@ -30,7 +30,7 @@ def summary(output) -> dict:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("OMP_NUM_THREADS", "1")
-        patched.setattr(demo, "run_grpo", interrupt)
+        patched.setattr(stages, "run_grpo", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_demo(config)
         assert not (output / "summary.json").exists()
