@@ -19,15 +19,20 @@ from omnigrpo.data.prompt_stream import PromptStream
 from omnigrpo.evaluate.benchmarks import benchmark_of
 from omnigrpo.evaluate.evaluation_report import EvaluatedClip, EvaluationReport
 from omnigrpo.evaluate.evaluator import evaluate
-from omnigrpo.evaluate.journal import EvaluationJournal, fingerprint_of
+from omnigrpo.evaluate.journal import EvaluationJournal, clip_stamp, fingerprint_of
 from omnigrpo.group_sampler import GroupSampler, embed
 from omnigrpo.loop import Steps, run_steps
 from omnigrpo.metrics import METRICS_FILE, MetricsLog
-from omnigrpo.model.checkpoint_format import CONFIG_FILE as MODEL_CONFIG_FILE
-from omnigrpo.model.checkpoint_format import LoadedModel, load_model, save_model, towers_hash
+from omnigrpo.model.checkpoint_format import (
+    GATE_TOKENIZER_DIRECTORY,
+    LoadedModel,
+    load_model,
+    save_model,
+    towers_hash,
+)
 from omnigrpo.model.humanomni import reference_copy
 from omnigrpo.model.prompting import PromptEncoder
-from omnigrpo.model.weight_files import weights_path
+from omnigrpo.model.weight_files import weight_files
 from omnigrpo.prefix_source import PrefixSource
 from omnigrpo.progress import counting
 from omnigrpo.reward.composition import RewardSet
@@ -167,17 +172,36 @@ def run_evaluation(
 
 
 def _journal(config: RunConfig, path: Path, prompts: tuple[Prompt, ...]) -> EvaluationJournal:
+    """What a former evaluation left, if all that an answer depends on is as it was then."""
     settings = (
         config.model.dtype,
         config.media.aspect,
         config.media.colour,
+        config.media.min_frames,
+        config.media.audio_failure,
         config.prompt,
         config.rollout,
         config.evaluation,
         prompts,
+        [clip_stamp(prompt.clip.path) for prompt in prompts],
     )
-    weights = (config.model.path / file for file in (MODEL_CONFIG_FILE, weights_path(config.model.path).name))
-    return EvaluationJournal(path, fingerprint_of([repr(part) for part in settings], weights))
+    return EvaluationJournal(path, fingerprint_of([repr(part) for part in settings], _model_files(config)))
+
+
+def _model_files(config: RunConfig) -> list[Path]:
+    """Every file that the model is loaded from: configuration, weights in all their shards, tokenizers."""
+    model = config.model
+    directories = [d for d in (model.path, model.vision_tower, model.audio_tower) if d is not None]
+    texts = [*directories, model.gate_tokenizer or model.path / GATE_TOKENIZER_DIRECTORY]
+    return [
+        *(path for directory in directories for path in weight_files(directory)),
+        *(
+            path
+            for directory in texts
+            for suffix in ("json", "txt")
+            for path in sorted(directory.glob(f"*.{suffix}"))
+        ),
+    ]
 
 
 def _evaluate_split(

@@ -1,9 +1,12 @@
 """Evaluations that are interrupted and go on, and the pages that they write."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import omnigrpo.run
@@ -71,6 +74,94 @@ def test_other_settings_do_not_go_on(job, tmp_path: Path, monkeypatch: pytest.Mo
             run_evaluation(config(job), output=tmp_path)
     report = run_evaluation(config(job, "rollout.max_new_tokens=3"), output=tmp_path)["heldout"]
     assert {clip.num_tokens for clip in report.clips} <= {1, 2, 3}
+
+
+def in_shards(directory: Path) -> Path:
+    """Split a checkpoint's one file into two; returns the second."""
+    whole = directory / "model.safetensors"
+    tensors = load_file(whole)
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: tensors[name] for name in held}, directory / file)
+    whole.unlink()
+    places = {name: file for file, held in shards.items() for name in held}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return directory / "b.safetensors"
+
+
+def change_a_shard(model: Path, data: Path) -> None:
+    shard = model / "b.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(shard).items()}, shard)
+
+
+def change_the_tokenizer(model: Path, data: Path) -> None:
+    path = model / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+
+
+def change_the_gates_tokenizer(model: Path, data: Path) -> None:
+    path = next((model / "gate_tokenizer").glob("*.json"))
+    path.write_text(path.read_text() + "\n")
+
+
+def change_a_clip(model: Path, data: Path) -> None:
+    first, second = sorted((data / "clips" / "heldout").glob("*.mp4"))[:2]
+    shutil.copyfile(first, second)
+
+
+def change_nothing(model: Path, data: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "num_kept"),
+    [
+        (change_nothing, (), 2),
+        (change_nothing, ("media.num_workers=1",), 2),
+        (change_a_shard, (), 0),
+        (change_the_tokenizer, (), 0),
+        (change_the_gates_tokenizer, (), 0),
+        (change_a_clip, (), 0),
+        (change_nothing, ("media.audio_failure='silence'",), 0),
+        (change_nothing, ("media.min_frames=3",), 0),
+    ],
+    ids=["same", "workers", "shard", "tokenizer", "gate_tokenizer", "clip", "silence", "min_frames"],
+)
+def test_answers_go_on_only_where_what_gave_them_is_the_same(
+    job,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path, Path], None],
+    more: tuple[str, ...],
+    num_kept: int,
+) -> None:
+    monkeypatch.setattr(omnigrpo.run, "EVALUATION_BATCH", 2)
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(job.base, model)
+    in_shards(model)
+    shutil.copytree(job.data, data)
+    own = (
+        f"model.path='{model}'",
+        f"data.evaluate={{heldout='{data}/heldout.json'}}",
+        "rollout.max_new_tokens=2",
+    )
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(ProcessEnd):
+            run_evaluation(config(job, *own), output=tmp_path)
+    change(model, data)
+    answered: list[str] = []
+    keep = EvaluationJournal.add
+
+    def noted(self: EvaluationJournal, clips: list[EvaluatedClip]) -> None:
+        answered.extend(clip.prompt_id for clip in clips)
+        keep(self, clips)
+
+    monkeypatch.setattr(EvaluationJournal, "add", noted)
+    report = run_evaluation(config(job, *own, *more), output=tmp_path)["heldout"]
+    assert len(report.clips) == 7
+    assert len(answered) == 7 - num_kept
 
 
 def as_benchmark(job, name: str, path: Path, *, label: str | None = None) -> Path:

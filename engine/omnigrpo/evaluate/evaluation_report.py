@@ -76,7 +76,7 @@ class EvaluationReport:
     mean_completion_tokens: float
     completion_tokens: TokenQuantiles
     seconds: float
-    """Wall time of generation."""
+    """Wall time of generation; of the clips answered after an interruption only."""
     clips: tuple[EvaluatedClip, ...]
     num_dropped: int
     """Prompts left out because their clip could not be used; no figure counts them."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,16 +36,25 @@ class EvaluationJournal:
 
 
 def fingerprint_of(parts: Sequence[str], files: Iterable[Path]) -> str:
-    """Hex digest of settings and of the content of files."""
+    """Hex digest of settings and of the content of files, whatever directory they lie in."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(f"{len(part)}:{part}".encode())
     for path in files:
-        digest.update(path.name.encode())
         with path.open("rb") as file:
+            digest.update(f"{path.name}:{os.fstat(file.fileno()).st_size}:".encode())
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def clip_stamp(path: Path) -> str:
+    """Size in bytes and time of the last change of a clip, which tell cheaply that it is another one now."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "not there"
+    return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def _line(clip: EvaluatedClip) -> str:

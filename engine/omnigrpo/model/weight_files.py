@@ -84,6 +84,18 @@ def weights_path(directory: Path) -> Path:
     return index if index.is_file() and not whole.is_file() else whole
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Every file that ``stored_checkpoint`` reads: one, or an index and its shards.
+
+    Raises:
+        CheckpointError: an index that is none.
+    """
+    index = weights_path(directory)
+    if index.name == WEIGHTS_FILE:
+        return [index]
+    return [index, *(directory / name for name in sorted(set(_read_index(index).values())))]
+
+
 def read_tensors(
     wanted: Mapping[str, StoredTensor], *, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:
