@@ -74,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "wheel_commands": {"emotion_wheel"},
     "cli": {
-        "attribute", "attribution", "config", "data", "data_commands", "demo", "encode_dataset", "generate",
+        "attribute", "attribution", "config", "data", "data_commands", "demo", "encode_dataset", "evaluate", "generate",
         "generate_command", "info", "media", "probe", "progress", "report", "reproduce", "rollout", "run", "study",
         "study_report", "wheel_commands",
     },

@@ -146,15 +146,22 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for the JSON results.")
     ] = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="dfew, mafw, ravdess or none, where file names do not tell; SPLIT=NAME for one split."
+        ),
+    ] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
     """WAR, UAR, per-class recall and format rate of a checkpoint, by greedy decoding.
 
-    Interrupted, it goes on where it was. A file named after a benchmark (dfew_test.json, mafw_..., ravdess_...) has its
-    label set, and its published figures stand beside the measured ones.
+    Interrupted, it goes on where it was. A benchmark's test set (dfew_test.json, or --benchmark) has its label set, and
+    its published figures stand beside the measured ones.
     """
     from omnigrpo.config import load_config
+    from omnigrpo.evaluate.benchmarks import named_benchmarks
     from omnigrpo.run import run_evaluation
 
     short = _short(model, data[0], output or Path(), None)
@@ -164,7 +171,8 @@ def evaluate(
         )
     splits = ", ".join(f"{json.dumps(path.stem)} = {_toml(path)}" for path in data)
     settings = load_config(config, [*(overrides or []), *short, f"data.evaluate={{{splits}}}"])
-    results = run_evaluation(settings, output=output, stage=stage)
+    named = named_benchmarks(benchmark or [], [path.stem for path in data])
+    results = run_evaluation(settings, output=output, stage=stage, benchmarks=named)
     for split, result in results.items():
         typer.echo(f"{split}: {result.headline()}")
     if output is not None:

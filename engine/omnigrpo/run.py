@@ -4,7 +4,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from omnigrpo.attribution.group_scorer import PolicyScorer
 from omnigrpo.config import ConfigError, RunConfig, changed_settings, load_config, save_config
 from omnigrpo.data.dataset import check_responses, read_dataset
 from omnigrpo.data.prompt_stream import PromptStream
-from omnigrpo.evaluate.benchmarks import benchmark_of
+from omnigrpo.evaluate.benchmarks import Benchmark, benchmarks_of
 from omnigrpo.evaluate.evaluation_report import EvaluatedClip, EvaluationReport
 from omnigrpo.evaluate.evaluator import evaluate
 from omnigrpo.evaluate.journal import EvaluationJournal, clip_stamp, fingerprint_of
@@ -143,18 +143,35 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
 
 
 def run_evaluation(
-    config: RunConfig, *, output: Path | None, stage: str = "eval", pairs: tuple[tuple[str, str], ...] = ()
+    config: RunConfig,
+    *,
+    output: Path | None,
+    stage: str = "eval",
+    pairs: tuple[tuple[str, str], ...] = (),
+    benchmarks: Mapping[str, str] | None = None,
 ) -> dict[str, EvaluationReport]:
     """Evaluate the configured model on every split by greedy decoding; writes ``<stage>_<split>.json`` to output.
 
     Answers are kept in ``<stage>_<split>.partial.jsonl`` until then: an interrupted evaluation of the same weights,
-    clips and settings goes on where it was. A split named after a benchmark (``dfew_test``) has its label set.
+    clips and settings goes on where it was. A split whose benchmark is given by name in ``benchmarks``, or else told by
+    its own name (``dfew_test``), has that benchmark's label set.
+
+    Raises:
+        ConfigError: no split.
+        ValueError: an unknown benchmark or split in ``benchmarks``, a label outside a benchmark's set (named with file
+            and item, before the model is loaded), or no clip that can be used.
     """
     if not config.data.evaluate:
         raise ConfigError(
             "data.evaluate names no split: give one, e.g. data.evaluate={heldout='heldout.json'}"
         )
-    splits = {name: _read(config, path) for name, path in config.data.evaluate.items()}
+    benchmark_by_split = benchmarks_of(tuple(config.data.evaluate), benchmarks or {})
+    splits = {
+        name: _read(config, path, None if benchmark is None else benchmark.labels)
+        for (name, path), benchmark in zip(
+            config.data.evaluate.items(), benchmark_by_split.values(), strict=True
+        )
+    }
     reports: dict[str, EvaluationReport] = {}
     with open_parts(config, None) as parts, closing(_build_rollout(config, parts)) as engine:
         parts.loaded.model.eval()
@@ -162,7 +179,15 @@ def run_evaluation(
             name = f"{stage}_{split}"
             journal = None if output is None else _journal(config, output / f"{name}.partial.jsonl", prompts)
             reports[split] = _evaluate_split(
-                config, parts, engine, prompts, stage=stage, split=split, pairs=pairs, journal=journal
+                config,
+                parts,
+                engine,
+                prompts,
+                stage=stage,
+                split=split,
+                benchmark=benchmark_by_split[split],
+                pairs=pairs,
+                journal=journal,
             )
             if output is not None and journal is not None:
                 text = json.dumps(reports[split].to_json(), indent=1)
@@ -212,13 +237,13 @@ def _evaluate_split(
     *,
     stage: str,
     split: str,
+    benchmark: Benchmark | None,
     pairs: tuple[tuple[str, str], ...],
     journal: EvaluationJournal | None,
 ) -> EvaluationReport:
     done = () if journal is None else journal.done
     answered = {clip.prompt_id for clip in done}
     remaining = tuple(prompt for prompt in prompts if prompt.prompt_id not in answered)
-    benchmark = benchmark_of(split)
     dropped: list[DroppedPrompt] = []
     with counting(f"evaluate {split}") as show:
         num_done = len(done)
@@ -239,6 +264,7 @@ def _evaluate_split(
             stage=stage,
             split=split,
             labels=None if benchmark is None else benchmark.labels,
+            benchmark=None if benchmark is None else benchmark.name,
             pairs=pairs,
             dropped=dropped,
             answer=config.evaluation.answer,
@@ -267,8 +293,8 @@ def _build_rollout(config: RunConfig, parts: Parts) -> RolloutEngine:
     )
 
 
-def _read(config: RunConfig, path: Path) -> tuple[Prompt, ...]:
-    return read_dataset(path, config.data.style, media_root=config.data.media_root)
+def _read(config: RunConfig, path: Path, labels: Sequence[str] | None = None) -> tuple[Prompt, ...]:
+    return read_dataset(path, config.data.style, media_root=config.data.media_root, labels=labels)
 
 
 def _stream(config: RunConfig, prompts: tuple[Prompt, ...]) -> PromptStream:

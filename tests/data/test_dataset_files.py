@@ -90,3 +90,13 @@ def test_yaml_of_another_form(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(DatasetError, match=message):
         read_items(path)
+
+
+def test_a_label_outside_the_set_is_named_with_its_line(tmp_path: Path) -> None:
+    odd = item("b")
+    odd["conversations"][1]["value"] = "<think>Hm.</think><answer>bored</answer>"
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(["", json.dumps(item("a")), json.dumps(odd)]))
+    assert len(read_dataset(path, PromptStyle(), labels=("happy", "bored"))) == 2
+    with pytest.raises(DatasetError, match=r"a\.jsonl, line 3: the label in conversations\[1\]\.value must be"):
+        read_dataset(path, PromptStyle(), labels=("happy", "sad"))

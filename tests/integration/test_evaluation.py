@@ -164,12 +164,10 @@ def test_answers_go_on_only_where_what_gave_them_is_the_same(
     assert len(answered) == 7 - num_kept
 
 
-def as_benchmark(job, name: str, path: Path, *, label: str | None = None) -> Path:
+def as_benchmark(job, name: str, path: Path) -> Path:
     items = json.loads((job.data / "heldout.json").read_text())
     for item in items:
         item["video"] = str(job.data / item["video"])
-        if label is not None:
-            item["conversations"][1]["value"] = label
     (path / f"{name}.json").write_text(json.dumps(items))
     return path / f"{name}.json"
 
@@ -190,7 +188,39 @@ def test_a_benchmarks_page_has_published_and_measured_figures(job, tmp_path: Pat
 
 
 def test_a_label_outside_the_benchmarks_set(job, tmp_path: Path) -> None:
-    split = as_benchmark(job, "mafw_test", tmp_path, label="bored")
-    result = CliRunner().invoke(app, ["eval", "--model", str(job.base), "--data", str(split)])
+    split = as_benchmark(job, "mafw_test", tmp_path)
+    items = json.loads(split.read_text())
+    items[3]["conversations"][1]["value"] = "bored"
+    split.write_text(json.dumps(items))
+    result = CliRunner().invoke(app, ["eval", "--model", "no-such-model", "--data", str(split)])
     assert isinstance(result.exception, ValueError)
-    assert "gold labels 'bored' are not among" in str(result.exception)
+    assert f"{split}, item 3: the label in conversations[1].value must be one of happy," in str(
+        result.exception
+    )
+    assert "got 'bored'" in str(result.exception)
+
+
+def test_the_benchmark_is_said_where_the_name_does_not_tell(job, tmp_path: Path) -> None:
+    files = [as_benchmark(job, name, tmp_path) for name in ("one", "dfew_two")]
+    arguments = ["eval", "--model", str(job.base), *(f"--data={path}" for path in files)]
+    arguments += ["--output", str(tmp_path / "out"), "--set=rollout.max_new_tokens=1"]
+    result = CliRunner().invoke(app, [*arguments, "--benchmark", "one=mafw", "--benchmark", "dfew_two=none"])
+    assert result.exit_code == 0, result.output
+    one, two = (json.loads((tmp_path / "out" / f"eval_{s}.json").read_text()) for s in ("one", "dfew_two"))
+    assert (one["benchmark"], two["benchmark"]) == ("mafw", None)
+    assert len(one["strict"]["labels"]) == 11
+    assert "## MAFW: published" in (tmp_path / "out" / "eval.md").read_text()
+    assert "## DFEW" not in (tmp_path / "out" / "eval.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "message"),
+    [
+        ("meld", "the benchmark of split 'one' must be one of dfew, mafw, ravdess, none, got 'meld'"),
+        ("two=dfew", "a benchmark is given for the split 'two'; there are one"),
+    ],
+)
+def test_benchmarks_that_are_not_there(job, tmp_path: Path, benchmark: str, message: str) -> None:
+    split = as_benchmark(job, "one", tmp_path)
+    arguments = ["eval", "--model", str(job.base), "--data", str(split), "--benchmark", benchmark]
+    assert message in str(CliRunner().invoke(app, arguments).exception)

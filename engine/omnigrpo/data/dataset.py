@@ -38,23 +38,34 @@ class PromptStyle:
             )
 
 
-def read_dataset(path: Path, style: PromptStyle, *, media_root: Path | None = None) -> tuple[Prompt, ...]:
+def read_dataset(
+    path: Path, style: PromptStyle, *, media_root: Path | None = None, labels: Sequence[str] | None = None
+) -> tuple[Prompt, ...]:
     """Read a list of ``{"video": path, "conversations": [human, gpt]}``: JSON, JSON lines, ``{a,b}.json``, or YAML.
 
     See ``read_items`` for the forms of file. Clip paths are relative to ``media_root``, else to the file's own
     directory. The human text's ``<video>`` and ``<audio>`` tags say which modalities the prompt asks for. The gpt text
     is a bare label, or reasoning with an ``<answer>`` tag, which then also is the prompt's response. An item may
-    carry ``"subtitle": text``, which ``prompt.subtitle`` puts into the prompt.
+    carry ``"subtitle": text``, which ``prompt.subtitle`` puts into the prompt. ``labels`` are what a solution may be;
+    None allows everything.
 
     Raises:
-        DatasetError: a file that cannot be read, an empty list, an item with a missing or malformed field, or an id
-            that two items have.
+        DatasetError: a file that cannot be read, an empty list, an item with a missing or malformed field, an id
+            that two items have, or a label outside the set.
     """
+    items = read_items(path)
     prompts = tuple(
         _prompt(item.content, item.where, index, media_root or item.file.parent, style)
-        for index, item in enumerate(read_items(path))
+        for index, item in enumerate(items)
     )
     _check_ids(prompts, path)
+    if labels is not None:
+        for item, prompt in zip(items, prompts, strict=True):
+            if prompt.solution not in labels:
+                raise DatasetError(
+                    f"{item.where}: the label in conversations[1].value must be one of {', '.join(labels)}, got "
+                    f"{prompt.solution!r}"
+                )
     return prompts
 
 

@@ -1,8 +1,12 @@
 """The benchmarks of R1-Omni's Table 1 (arXiv 2503.05379): label sets and published figures."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from omnigrpo.reward.aliases import DFEW_LABELS, MAFW_LABELS, RAVDESS_LABELS
+
+NO_BENCHMARK = "none"
+"""Says that a split is of no benchmark, whatever its name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,5 +66,34 @@ BENCHMARKS = {
 
 
 def benchmark_of(split: str) -> Benchmark | None:
-    """The benchmark that a split is of by its name, e.g. ``dfew_test``; None for a split of something else."""
-    return BENCHMARKS.get(split.lower().replace("-", "_").split("_")[0])
+    """The benchmark whose test set a split is by its name, e.g. ``dfew_test``; None for another one, or for training.
+
+    Published figures are of test sets: ``dfew_train`` is no benchmark.
+    """
+    first, *rest = split.lower().replace("-", "_").split("_")
+    return None if "train" in rest else BENCHMARKS.get(first)
+
+
+def benchmarks_of(splits: Sequence[str], named: Mapping[str, str]) -> dict[str, Benchmark | None]:
+    """The benchmark of every split: the one that ``named`` gives by split, else the one of the split's name.
+
+    Raises ValueError where ``named`` names no split, or no benchmark (``none`` stands for none).
+    """
+    for split, name in named.items():
+        if split not in splits:
+            raise ValueError(f"a benchmark is given for the split {split!r}; there are {', '.join(splits)}")
+        if name not in (*BENCHMARKS, NO_BENCHMARK):
+            known = ", ".join((*BENCHMARKS, NO_BENCHMARK))
+            raise ValueError(f"the benchmark of split {split!r} must be one of {known}, got {name!r}")
+    return {
+        split: BENCHMARKS.get(named[split]) if split in named else benchmark_of(split) for split in splits
+    }
+
+
+def named_benchmarks(texts: Sequence[str], splits: Sequence[str]) -> dict[str, str]:
+    """``NAME`` for every split, or ``SPLIT=NAME`` for one, as a mapping by split; a later text counts."""
+    named: dict[str, str] = {}
+    for text in texts:
+        split, equals, name = text.rpartition("=")
+        named |= {split: name} if equals else dict.fromkeys(splits, name)
+    return named

@@ -80,6 +80,8 @@ class EvaluationReport:
     clips: tuple[EvaluatedClip, ...]
     num_dropped: int
     """Prompts left out because their clip could not be used; no figure counts them."""
+    benchmark: str | None = None
+    """Name of the benchmark whose test set this is; None for another split."""
 
     def headline(self) -> str:
         """WAR and UAR in per cent, strict and alias, and the format rate, in one line."""
@@ -123,6 +125,7 @@ def summarise(
     dropped: Sequence[DroppedPrompt] = (),
     seconds: float = 0.0,
     answer: AnswerRule = "tags",
+    benchmark: str | None = None,
 ) -> EvaluationReport:
     """Work out every figure of the report from the completions."""
     golds = [clip.solution for clip in clips]
@@ -147,6 +150,7 @@ def summarise(
         seconds=seconds,
         clips=tuple(clips),
         num_dropped=len(dropped),
+        benchmark=benchmark,
     )
 
 

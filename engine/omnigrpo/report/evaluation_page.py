@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from omnigrpo.evaluate.benchmarks import Benchmark, benchmark_of
+from omnigrpo.evaluate.benchmarks import BENCHMARKS, Benchmark
 from omnigrpo.evaluate.bootstrap import Interval
 from omnigrpo.evaluate.emotion_metrics import EmotionMetrics
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
@@ -92,7 +92,7 @@ def _results(reports: Sequence[EvaluationReport]) -> Table:
 
 
 def _beside_published(report: EvaluationReport) -> Table | None:
-    benchmark = benchmark_of(report.split)
+    benchmark = BENCHMARKS.get(report.benchmark or "")
     if benchmark is None:
         return None
     rows: list[Sequence[str]] = [(p.model, f"{p.war:.2f}", f"{p.uar:.2f}") for p in benchmark.published]
