@@ -98,5 +98,7 @@ def test_a_label_outside_the_set_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(["", json.dumps(item("a")), json.dumps(odd)]))
     assert len(read_dataset(path, PromptStyle(), labels=("happy", "bored"))) == 2
-    with pytest.raises(DatasetError, match=r"a\.jsonl, line 3: the label in conversations\[1\]\.value must be"):
+    with pytest.raises(
+        DatasetError, match=r"a\.jsonl, line 3: the label in conversations\[1\]\.value must be"
+    ):
         read_dataset(path, PromptStyle(), labels=("happy", "sad"))
