@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "data_check": {"data", "media", "schema"},
     "data_check_table": {"data_check"},
-    "data_commands": {"data", "data_check", "data_check_table"},
+    "data_commands": {"data", "data_check", "data_check_table", "progress"},
     "generate": {
         "data", "feature_source", "group_sampler", "media", "model", "prefix_source", "reward", "rollout", "runtime",
         "schema",

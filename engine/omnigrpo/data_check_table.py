@@ -1,15 +1,19 @@
 """A check of datasets for people, and for programs."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from omnigrpo.data_check import DataCheck, SplitCheck
 
 _SHOWN = 5
+_SHOWN_LABELS = 20
 
 
 def as_text(check: DataCheck) -> str:
@@ -17,22 +21,11 @@ def as_text(check: DataCheck) -> str:
     return json.dumps(asdict(check) | {"is_clean": check.is_clean}, indent=2, default=str)
 
 
-def show(check: DataCheck) -> None:
-    """Print a table of the files, then a line for every fault."""
+def show_check(check: DataCheck) -> None:
+    """Print a table of the files and one of their labels, then a line for every fault."""
     console = Console(highlight=False)
-    table = Table("file", "items", "labels", "missing", "repeated", "unusable", "median duration")
-    for split in check.splits:
-        median = split.median_seconds
-        table.add_row(
-            split.file.name,
-            str(split.num_items),
-            _balance(split),
-            str(len(split.missing)),
-            str(len(split.repeated)),
-            str(len(split.unusable)) if split.seconds or split.unusable else "-",
-            "-" if median is None else f"{median:.1f} s",
-        )
-    console.print(table)
+    console.print(_files_table(check))
+    console.print(_labels_table(check))
     for split in check.splits:
         _list(console, f"{split.file.name}: missing", [str(path) for path in split.missing])
         _list(console, f"{split.file.name}: more than once", [str(path) for path in split.repeated])
@@ -43,10 +36,49 @@ def show(check: DataCheck) -> None:
     _list(console, "label outside the set", check.unknown_labels)
 
 
-def _balance(split: SplitCheck) -> str:
-    shown = list(split.labels.items())[:12]
-    more = f", and {len(split.labels) - len(shown)} more" if len(split.labels) > len(shown) else ""
-    return ", ".join(f"{label} {count}" for label, count in shown) + more
+def _files_table(check: DataCheck) -> Table:
+    table = Table(box=box.HORIZONTALS, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    for column in ("items", "missing", "repeated", "unusable", "min / median / max, s", "hours"):
+        table.add_column(column, justify="right")
+    for split in check.splits:
+        is_probed = bool(split.seconds or split.unusable)
+        table.add_row(
+            Text(split.file.name),
+            str(split.num_items),
+            str(len(split.missing)),
+            str(len(split.repeated)),
+            str(len(split.unusable)) if is_probed else "-",
+            _durations(split),
+            f"{sum(split.seconds) / 3600:.2f}" if is_probed else "-",
+        )
+    return table
+
+
+def _labels_table(check: DataCheck) -> Table:
+    """Items and share of every label, the most frequent one of all files first."""
+    total: Counter[str] = Counter()
+    for split in check.splits:
+        total.update(split.labels)
+        total.update(dict.fromkeys(split.absent, 0))
+    shown = [label for label, _ in total.most_common()]
+    table = Table(box=box.HORIZONTALS, pad_edge=False)
+    table.add_column("label", overflow="fold")
+    for split in check.splits:
+        table.add_column(Text(split.file.name), justify="right")
+    for label in shown[:_SHOWN_LABELS]:
+        counts = [split.labels.get(label, 0) for split in check.splits]
+        cells = (f"{n} ({n / s.num_items:5.1%})" for n, s in zip(counts, check.splits, strict=True))
+        table.add_row(Text(label), *cells)
+    if len(shown) > _SHOWN_LABELS:
+        table.caption = f"{len(shown) - _SHOWN_LABELS} more labels: --json has them all"
+    return table
+
+
+def _durations(split: SplitCheck) -> str:
+    if split.median_seconds is None:
+        return "-"
+    return f"{min(split.seconds):.1f} / {split.median_seconds:.1f} / {max(split.seconds):.1f}"
 
 
 def _list(console: Console, title: str, entries: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ def convert(
         Path | None, typer.Option(help="CSV with name and label, for EMER's descriptions.")
     ] = None,
 ) -> None:
-    """Write a published dataset's splits in R1-Omni's JSON format."""
+    """Write a published dataset's splits in R1-Omni's JSON format (exit status 1 when one of them is empty)."""
     from omnigrpo.data.labelled import write_r1_omni
     from omnigrpo.data.published import read_published
 
@@ -35,6 +35,8 @@ def convert(
         typer.echo(f"left out: {sentence}")
     if len(found.skipped) > _SHOWN:
         typer.echo(f"left out: {len(found.skipped) - _SHOWN} more")
+    if not all(found.splits.values()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -51,21 +53,29 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Missing clips, duplicates within and across files, class balance, durations (exit status 1 on a fault)."""
+    from contextlib import nullcontext
+
+    from rich.console import Console
+
     from omnigrpo.data.published import label_set
     from omnigrpo.data_check import check_datasets
-    from omnigrpo.data_check_table import as_text, show
+    from omnigrpo.data_check_table import as_text, show_check
+    from omnigrpo.progress import counting
 
-    found = check_datasets(
-        files,
-        labels=None if labels is None else label_set(labels),
-        media_root=media_root,
-        by_content=content,
-        probe=probe,
-    )
+    has_bar = probe and not as_json
+    with counting("probe", console=Console(stderr=True)) if has_bar else nullcontext() as show:
+        found = check_datasets(
+            files,
+            labels=None if labels is None else label_set(labels),
+            media_root=media_root,
+            by_content=content,
+            probe=probe,
+            on_probe=show,
+        )
     if as_json:
         typer.echo(as_text(found))
     else:
-        show(found)
+        show_check(found)
     if not found.is_clean:
         raise typer.Exit(1)
 

@@ -14,10 +14,10 @@ Report = Callable[[int, str], None]
 
 
 @contextmanager
-def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+def counting(title: str, *, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
     """Show ``title`` and a bar; the yielded function takes (done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None)
 
         def show(done: int, total: int) -> None:

@@ -91,10 +91,32 @@ def test_dfew_faults(dfew: Path) -> None:
 
 
 def test_two_clips_of_one_number(dfew: Path, clips: list[Path]) -> None:
-    place(clips, dfew / "Clip" / "other" / "00001.mp4")
+    place(clips, dfew / "Clip" / "original" / "other" / "00001.mp4")
     with pytest.raises(DatasetError, match="have the same name"):
         read_dfew(dfew)
-    assert read_dfew(dfew, clips=dfew / "Clip" / "original").splits["train"]
+    assert read_dfew(dfew, clips=dfew / "Clip" / "original" / "part_1").splits["train"]
+
+
+def test_dfews_cropped_clips_beside_the_original_ones(dfew: Path, clips: list[Path]) -> None:
+    place(clips, *(dfew / "Clip" / "clip_224x224_avi" / f"{n:05d}.avi" for n in range(1, 6)))
+    assert {clip.path.parts[-3] for clip in read_dfew(dfew).splits["test"]} == {"original"}
+
+
+def test_a_row_without_a_name(dfew: Path) -> None:
+    path = dfew / "EmoLabel_DataSplit" / "train(single-labeled)" / "set_1.csv"
+    write(path, "video_name,label", "1,1", ",2")
+    with pytest.raises(DatasetError, match="line 3: video_name is empty") as caught:
+        read_dfew(dfew)
+    assert str(path) in str(caught.value)
+
+
+def test_a_split_without_clips_is_a_failure(dfew: Path, tmp_path: Path) -> None:
+    write(dfew / "EmoLabel_DataSplit" / "test(single-labeled)" / "set_1.csv", "video_name,label", "77,1")
+    arguments = ["data", "convert", "dfew", str(dfew), "-o", str(tmp_path / "json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "test: no annotated clip is on disk; nothing written" in result.output
+    assert not (tmp_path / "json" / "dfew_test.json").exists()
 
 
 @pytest.fixture
@@ -103,7 +125,7 @@ def mafw(clips: list[Path], tmp_path: Path) -> Path:
     place(clips, *(root / "data" / "clips" / f"{n:05d}.mp4" for n in range(1, 5)))
     split = root / "Train & Test Set" / "single" / "no_caption" / "set_1"
     write(split / "train.txt", "00001.mp4 anger", "00002.mp4 helplessness", "", "00003.mp4 happiness")
-    write(split / "test.txt", "00004.mp4 contempt", "00009.mp4 fear")
+    write(split / "test.txt", "00004.mp4\tcontempt", "00009.mp4  fear")
     return root
 
 

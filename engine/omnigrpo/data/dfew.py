@@ -2,8 +2,9 @@
 
 Annotations of fold k are read from ``EmoLabel_DataSplit/train(single-labeled)/set_k.csv`` and ``test(...)`` with the
 columns ``video_name`` and ``label``, or from ``label/single_trainset_k.csv`` and ``single_testset_k.csv``; labels are
-numbers from 1. Clips are video files named by number, with or without leading zeros, anywhere below ``Clip`` or the
-dataset's directory. R1-Omni's test set has the size of fold 1's (2,341).
+numbers from 1. Clips are video files named by number, with or without leading zeros, anywhere below ``Clip/original``
+(beside which the dataset has cropped ones), else ``Clip``, else the dataset's directory. R1-Omni's test set has the
+size of fold 1's (2,341).
 """
 
 from pathlib import Path
@@ -14,17 +15,18 @@ from omnigrpo.data.labelled import ClipIndex, LabelledClip, LabelledSplits, foun
 LABELS = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
 """By number, from 1."""
 FOLDS = range(1, 6)
+_CLIPS = ("Clip/original", "Clip", ".")
 
 
 def read_dfew(root: Path, *, fold: int = 1, clips: Path | None = None) -> LabelledSplits:
-    """Read one fold; ``clips`` is the directory of the clips where it is not ``Clip`` below ``root``.
+    """Read one fold; ``clips`` is the directory of the clips where it is none of the usual ones.
 
     Raises:
         DatasetError: a file that is missing, or a label that is no number from 1 to 7 (named with file and line).
     """
     if fold not in FOLDS:
         raise DatasetError(f"DFEW has the folds 1 to 5, got {fold}")
-    index = ClipIndex(clips or (root / "Clip" if (root / "Clip").is_dir() else root))
+    index = ClipIndex(clips or next(root / name for name in _CLIPS if (root / name).is_dir() or name == "."))
     splits: dict[str, tuple[LabelledClip, ...]] = {}
     skipped: list[str] = []
     for split in ("train", "test"):

@@ -89,7 +89,10 @@ def found_clips(
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells by column of a CSV file in UTF-8; DatasetError for a column that is missing."""
+    """Line number and cells by column of a CSV file in UTF-8.
+
+    Raises DatasetError for a column that is missing, and for an empty cell in the first of ``columns``, the name.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -99,7 +102,10 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[s
                     f"{path} has no column {', '.join(missing)}; its header is {', '.join(reader.fieldnames or ())}"
                 )
             for row in reader:
-                yield reader.line_num, {column: (row[column] or "").strip() for column in columns}
+                cells = {column: (row[column] or "").strip() for column in columns}
+                if not cells[columns[0]]:
+                    raise DatasetError(f"{path}, line {reader.line_num}: {columns[0]} is empty")
+                yield reader.line_num, cells
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist: check the dataset's directory and the fold") from None
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
 """MAFW (Liu et al., 2022): 11 emotions of film and television clips, five folds.
 
 Fold k is read from ``Train & Test Set/single/no_caption/set_k/train.txt`` and ``test.txt`` (or the same below ``anno``
-or ``label``), whose lines are a clip's file name, a blank, and the label's noun. Clips lie in ``data/clips``, ``clips``
+or ``label``), whose lines are a clip's file name, blanks, and the label's noun. Clips lie in ``data/clips``, ``clips``
 or anywhere below the dataset's directory.
 """
 
@@ -64,11 +64,12 @@ def _annotated(path: Path) -> Iterator[tuple[str, str, None]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        name, _, noun = line.strip().rpartition(" ")
-        if not name:
+        name, *nouns = line.strip().rsplit(maxsplit=1)
+        if not nouns:
             raise DatasetError(f"{path}, line {number}: expected a file name and a label, got {line!r}")
+        noun = nouns[0]
         if noun.lower() not in NOUNS:
             raise DatasetError(
                 f"{path}, line {number}: label must be one of {', '.join(NOUNS)}, got {noun!r}"
             )
-        yield name.strip(), NOUNS[noun.lower()], None
+        yield name, NOUNS[noun.lower()], None
