@@ -70,13 +70,15 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"data", "evaluate", "metrics", "model", "progress", "report", "stages"},
     "study": {"config", "data", "demo", "evaluate", "progress", "stages"},
     "study_report": {"study"},
-    "reproduce": set(),
+    "recipe": {"config", "data", "evaluate"},
+    "reproduce": {"config", "evaluate", "metrics", "recipe", "report", "stages"},
+    "reproduce_report": {"evaluate", "recipe", "reproduce"},
     "__main__": {"cli"},
     "wheel_commands": {"emotion_wheel"},
     "cli": {
         "attribute", "attribution", "config", "data", "data_commands", "demo", "encode_dataset", "evaluate", "generate",
-        "generate_command", "info", "media", "probe", "progress", "report", "reproduce", "rollout", "run", "study",
-        "study_report", "wheel_commands",
+        "generate_command", "info", "media", "probe", "progress", "report", "reproduce", "reproduce_report", "rollout",
+        "run", "study", "study_report", "wheel_commands",
     },
 }  # fmt: skip
 """Who may import whom: a layer is a top-level module or package of omnigrpo, or the package omnigrpo_kernels."""

@@ -105,6 +105,36 @@ def train(
 
 
 @app.command()
+def reproduce(
+    recipe: Annotated[str, typer.Argument(help="r1-omni.")],
+    model: Annotated[Path, typer.Option("--model", help="Checkpoint directory of the base model.")],
+    data: Annotated[
+        Path, typer.Option("--data", help="Directory: cold_start.json, rl.json, *_test.json, maybe sft.json.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of all stages.")],
+    faithful: Annotated[
+        bool, typer.Option("--faithful", help="As the published code does it, quirks included.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="cold_start., sft., rlvr., evaluation. or all. before a setting."),
+    ] = None,
+) -> None:
+    """Cold start, SFT baseline, RLVR and evaluation of a published recipe; goes on where it was interrupted."""
+    from omnigrpo.reproduce import ReproduceConfig, run_reproduction
+    from omnigrpo.reproduce_report import as_markdown, write_reproduction
+
+    if recipe != "r1-omni":
+        raise ValueError(f"the recipes are r1-omni, got {recipe!r}")
+    settings = ReproduceConfig(
+        model=model, data=data, output=output, faithful=faithful, overrides=tuple(overrides or ())
+    )
+    result = run_reproduction(settings)
+    typer.echo(as_markdown(result))
+    typer.echo(f"wrote {write_reproduction(result, output)}")
+
+
+@app.command()
 def study(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the study.")] = Path(
         "runs/study"

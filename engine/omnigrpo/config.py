@@ -149,13 +149,17 @@ def parse_config(tree: Mapping[str, object]) -> RunConfig:
         raise ConfigError("the configuration does not fit:\n  " + "\n  ".join(lines)) from error
 
 
-def changed_settings(config: RunConfig, saved: RunConfig) -> list[str]:
-    """Name what differs between two configurations and would make a resumed run another run."""
+def changed_settings(config: RunConfig, saved: RunConfig, *, counting: tuple[str, ...] = ()) -> list[str]:
+    """Name what differs between two configurations and would make a resumed run another run.
+
+    Keys that begin with one of ``counting`` count although a resumed run may change them.
+    """
     now, then = (_flat(dataclasses.asdict(c)) for c in (config, saved))
     return [
         f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key) and not key.startswith(_MAY_CHANGE)
+        if now.get(key) != then.get(key)
+        and (not key.startswith(_MAY_CHANGE) or (counting and key.startswith(counting)))
     ]
 
 

@@ -13,7 +13,7 @@ from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset
 from omnigrpo.demo import build_base
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
 from omnigrpo.progress import counting
-from omnigrpo.stages import Stage, evaluate_model, preset_config
+from omnigrpo.stages import Stage, evaluate_missing, preset_config
 
 ROWS = ("base", "cold start", "SFT on labels", "RLVR")
 SPLITS = {"heldout": "in distribution", "ood": "out of distribution"}
@@ -141,14 +141,8 @@ def _stage(
 def _evaluated(
     console: Console, config: RunConfig, model: Path, row: str, output: Path
 ) -> dict[str, EvaluationReport]:
-    """From disk where it was evaluated before; all rows with the same settings."""
-    name = row.replace(" ", "_")
-    paths = {split: output / f"{name}_{split}.json" for split in SPLITS}
-    if all(path.is_file() for path in paths.values()):
-        return {
-            s: EvaluationReport.from_json(json.loads(p.read_text(encoding="utf-8"))) for s, p in paths.items()
-        }
-    reports = evaluate_model(config, model, name, output)
+    """All rows with the same settings."""
+    reports = evaluate_missing(config, model, row.replace(" ", "_"), output)
     for split, report in reports.items():
         console.print(f"{row}, {split}: {report.headline()}", highlight=False)
     return reports
