@@ -68,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "probe_towers": {"data", "media", "model", "schema"},
     "stages": {"config", "evaluate", "metrics", "run"},
     "demo": {"data", "evaluate", "metrics", "model", "progress", "report", "stages"},
-    "study": {"config", "data", "demo", "evaluate", "progress", "stages"},
+    "study": {"config", "data", "demo", "evaluate", "metrics", "progress", "stages"},
     "study_report": {"study"},
     "recipe": {"config", "data", "evaluate"},
     "reproduce": {"config", "evaluate", "metrics", "recipe", "report", "stages"},

@@ -72,7 +72,7 @@ def _row(figures: StageFigures) -> list[str]:
     reward = "" if figures.reward is None else f"{figures.reward:.3f}"
     return [
         str(figures.steps),
-        f"{figures.hours:.2f}",
+        f"{figures.hours:.3g}",
         f"{figures.samples_per_second:.3g}",
         f"{figures.loss:.4g}",
         reward,

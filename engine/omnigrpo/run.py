@@ -70,8 +70,8 @@ class Parts:
     world: World
 
 
-def run_sft(config: RunConfig, *, resume: bool = False) -> None:
-    """Supervised training; writes the run directory and, at its end, the model."""
+def run_sft(config: RunConfig, *, resume: bool = False, title: str = "cold start") -> None:
+    """Supervised training; writes the run directory and, at its end, the model. ``title`` names it while it runs."""
     prompts = _read(config, config.data.train)
     check_responses(prompts, config.data.train)
     checkpoint = _start(config, resume)
@@ -89,7 +89,7 @@ def run_sft(config: RunConfig, *, resume: bool = False) -> None:
             world=parts.world,
             budget_rows=config.trainer.budget_rows,
         )
-        _drive(config, parts, trainer, optimizer, checkpoint, title="cold start")
+        _drive(config, parts, trainer, optimizer, checkpoint, title=title)
 
 
 def run_grpo(config: RunConfig, *, resume: bool = False) -> None:

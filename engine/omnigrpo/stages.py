@@ -39,7 +39,10 @@ class Stage:
         if self.model.is_dir():
             self._check_finished()
             return False
-        (run_sft if self.kind == "sft" else run_grpo)(self.config, resume=self.is_begun)
+        if self.kind == "sft":
+            run_sft(self.config, resume=self.is_begun, title=self.name.replace("_", " "))
+        else:
+            run_grpo(self.config, resume=self.is_begun)
         return True
 
     def _check_finished(self) -> None:

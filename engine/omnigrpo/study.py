@@ -9,9 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from omnigrpo.config import RunConfig
+from omnigrpo.data.dataset import read_dataset
 from omnigrpo.data.synthetic.dataset import SyntheticConfig, generate_dataset
 from omnigrpo.demo import build_base
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
+from omnigrpo.metrics import Metric, read_metrics
 from omnigrpo.progress import counting
 from omnigrpo.stages import Stage, evaluate_missing, preset_config
 
@@ -48,15 +50,24 @@ class Cell:
     uar: tuple[float, ...]
     format_rate: tuple[float, ...]
 
-    @property
-    def mean_war(self) -> float:
-        """Mean over the seeds."""
-        return statistics.fmean(self.war)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What one row's training was given."""
+
+    clips: int
+    """In its data set."""
+    steps: int
+    clips_per_step: int
+    completions_per_clip: int
+    """Learnt from in a step: 1 is the given answer."""
+    seconds: tuple[float, ...]
+    """Wall time of all steps, by seed."""
 
     @property
-    def spread_war(self) -> float:
-        """Sample standard deviation over the seeds; 0 for one seed."""
-        return statistics.stdev(self.war) if len(self.war) > 1 else 0.0
+    def epochs(self) -> float:
+        """Passes over the data set."""
+        return self.steps * self.clips_per_step / self.clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +77,8 @@ class StudyResult:
     seeds: tuple[int, ...]
     cells: dict[str, dict[str, Cell]]
     """By row, then split."""
+    budgets: dict[str, Budget]
+    """By trained row."""
 
     def drop(self, row: str) -> tuple[float, ...]:
         """By how much a model is worse out of distribution than in it, WAR, seed by seed."""
@@ -94,34 +107,62 @@ class StudyResult:
 def run_study(config: StudyConfig) -> StudyResult:
     """Train and evaluate all rows for every seed; what an earlier call finished is not done again."""
     console = Console()
-    reports = {seed: _one_seed(console, config, seed) for seed in config.seeds}
+    stages = {seed: _stages(config, seed) for seed in config.seeds}
+    reports = {seed: _one_seed(console, config, seed, stages[seed]) for seed in config.seeds}
     cells = {
         row: {split: _cell([reports[seed][row][split] for seed in config.seeds]) for split in SPLITS}
         for row in ROWS
     }
-    result = StudyResult(seeds=config.seeds, cells=cells)
+    budgets = {row: _budget([stages[seed][row] for seed in config.seeds]) for row in ROWS[1:]}
+    result = StudyResult(seeds=config.seeds, cells=cells, budgets=budgets)
     config.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(result) | {"verdict": result.verdict()}, indent=1)
     (config.output / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
     return result
 
 
-def _one_seed(console: Console, config: StudyConfig, seed: int) -> Mapping[str, dict[str, EvaluationReport]]:
+def _stages(config: StudyConfig, seed: int) -> dict[str, Stage]:
+    """The trained rows of a seed, in order."""
     root = config.output / f"seed{seed}"
-    data, base = root / "data", root / "base"
+    cold_start = _stage(root, seed, "cold_start", "sft", root / "base", "cold_start", config.cold_start)
+    sft = _stage(root, seed, "sft", "sft", root / "base", "rl", config.sft)
+    rlvr = _stage(root, seed, "grpo", "grpo", cold_start.model, "rl", config.rlvr)
+    return dict(zip(ROWS[1:], (cold_start, sft, rlvr), strict=True))
+
+
+def _one_seed(
+    console: Console, config: StudyConfig, seed: int, stages: Mapping[str, Stage]
+) -> dict[str, dict[str, EvaluationReport]]:
+    root = config.output / f"seed{seed}"
+    base = root / "base"
     console.rule(f"seed {seed}")
     with counting("render clips") as show:
-        generate_dataset(data, replace(config.data, seed=seed), on_progress=show)
+        generate_dataset(root / "data", replace(config.data, seed=seed), on_progress=show)
     if not base.is_dir():
         build_base(base, seed=seed)
-    cold_start = _stage(root, seed, "cold_start", "sft", base, "cold_start", config.cold_start)
-    sft = _stage(root, seed, "sft", "sft", base, "rl", config.sft)
-    rlvr = _stage(root, seed, "grpo", "grpo", cold_start.model, "rl", config.rlvr)
-    for stage in (cold_start, sft, rlvr):
+    for stage in stages.values():
         console.print(f"seed {seed}: {stage.name}")
         stage.run()
-    models = zip(ROWS, (base, cold_start.model, sft.model, rlvr.model), strict=True)
-    return {row: _evaluated(console, rlvr.config, model, row, root / "evaluations") for row, model in models}
+    models = {ROWS[0]: base} | {row: stage.model for row, stage in stages.items()}
+    settings = stages[ROWS[-1]].config
+    return {
+        row: _evaluated(console, settings, model, row, root / "evaluations") for row, model in models.items()
+    }
+
+
+def _budget(stages: Sequence[Stage]) -> Budget:
+    """Of one row, whose stages differ by their seed alone."""
+    config = stages[0].config
+    return Budget(
+        clips=len(read_dataset(config.data.train, config.data.style)),
+        steps=config.run.steps,
+        clips_per_step=config.trainer.prompts_per_step,
+        completions_per_clip=config.rollout.samples if stages[0].kind == "grpo" else 1,
+        seconds=tuple(
+            sum(step[Metric.STEP_SECONDS] for step in read_metrics(stage.config.run.output))
+            for stage in stages
+        ),
+    )
 
 
 def _stage(

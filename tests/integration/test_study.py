@@ -10,7 +10,7 @@ from omnigrpo import stages
 from omnigrpo.data.synthetic.dataset import SyntheticConfig
 from omnigrpo.metrics import read_metrics
 from omnigrpo.reproduce import stage_overrides
-from omnigrpo.study import ROWS, Cell, StudyConfig, StudyResult, run_study
+from omnigrpo.study import ROWS, Budget, Cell, StudyConfig, StudyResult, run_study
 from omnigrpo.study_report import as_markdown, write_study
 
 SHORT = ("run.steps=2", "run.threads=1", "trainer.prompts_per_step=4")
@@ -38,6 +38,12 @@ def test_every_row_is_trained_once_and_evaluated_on_both_splits(
     for stage in ("cold_start", "sft", "grpo"):
         assert [step["step"] for step in read_metrics(config.output / "seed0" / stage)] == [1, 2]
 
+    assert {row: (b.clips, b.steps, b.completions_per_clip) for row, b in first.budgets.items()} == {
+        "cold start": (7, 2, 1),
+        "SFT on labels": (7, 2, 1),
+        "RLVR": (7, 2, 2),
+    }
+
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("was done before")
 
@@ -60,7 +66,8 @@ def result(sft: tuple[float, ...], rlvr: tuple[float, ...]) -> StudyResult:
         "SFT on labels": {"heldout": cell(0.9, 0.8), "ood": cell(*sft)},
         "RLVR": {"heldout": cell(0.9, 0.9), "ood": cell(*rlvr)},
     }
-    return StudyResult(seeds=(0, 1), cells=cells)
+    given = Budget(clips=100, steps=30, clips_per_step=10, completions_per_clip=8, seconds=(60.0, 62.0))
+    return StudyResult(seeds=(0, 1), cells=cells, budgets={"RLVR": given})
 
 
 def test_the_verdict_is_the_numbers(tmp_path: Path) -> None:
@@ -73,6 +80,7 @@ def test_the_verdict_is_the_numbers(tmp_path: Path) -> None:
     worse = result((0.9, 0.8), (0.8, 0.8)).verdict()
     assert "no better than SFT on labels: -5.0 points of WAR on average, ahead in 0 of 2" in worse
     assert "| SFT on labels | 85.0 ± 7.1 | 85.0 ± 7.1 | 55.0 ± 7.1 |" in as_markdown(better)
+    assert "| RLVR | 100 | 30 x 10 | 3.0 | 2400 | 61 |" in as_markdown(better)
     table, picture = write_study(better, tmp_path)
     assert better.verdict() in table.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
