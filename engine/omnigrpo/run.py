@@ -94,11 +94,7 @@ def run_sft(config: RunConfig, *, resume: bool = False, title: str = "cold start
 
 def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
     """GRPO; writes the run directory and, at its end, the model."""
-    if config.model.reset_gate:
-        raise ConfigError(
-            "model.reset_gate would throw away the gate that GRPO starts from: it is for supervised training; leave it "
-            "out"
-        )
+    check_grpo(config)
     prompts = _read(config, config.data.train)
     rewards = RewardSet.from_config(config.reward)
     checkpoint = _start(config, resume)
@@ -140,6 +136,15 @@ def run_grpo(config: RunConfig, *, resume: bool = False) -> None:
             )
             with closing(sampler):
                 _drive(config, parts, trainer, optimizer, checkpoint, title="GRPO")
+
+
+def check_grpo(config: RunConfig) -> None:
+    """Raise ConfigError for what only supervised training can do."""
+    if config.model.reset_gate:
+        raise ConfigError(
+            "model.reset_gate would throw away the gate that GRPO starts from: it is for supervised training; leave it "
+            "out"
+        )
 
 
 def run_evaluation(

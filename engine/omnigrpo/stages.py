@@ -10,7 +10,7 @@ from typing import Literal
 from omnigrpo.config import ConfigError, RunConfig, changed_settings, load_config, save_config
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
 from omnigrpo.metrics import METRICS_FILE
-from omnigrpo.run import CONFIG_FILE, MODEL_DIRECTORY, run_evaluation, run_grpo, run_sft
+from omnigrpo.run import CONFIG_FILE, MODEL_DIRECTORY, check_grpo, run_evaluation, run_grpo, run_sft
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +20,11 @@ class Stage:
     name: str
     kind: Literal["sft", "grpo"]
     config: RunConfig
+
+    def __post_init__(self) -> None:
+        """Reject settings that its kind of training would refuse when its turn comes."""
+        if self.kind == "grpo":
+            check_grpo(self.config)
 
     @property
     def model(self) -> Path:

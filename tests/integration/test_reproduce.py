@@ -221,6 +221,7 @@ def test_a_stage_does_not_outlive_its_cold_start(
     [
         ("run.steps=3", r"must begin with a stage \(cold_start, sft, rlvr, evaluation, or all\)"),
         ("rlvr.model.path=elsewhere", r"follows from --model, --data and --output"),
+        ("all.model.reset_gate=true", "would throw away the gate that GRPO starts from"),
         ("rlvr.rollout.smaples=3", r"unknown key rollout\.smaples .* did you mean rollout\.samples"),
     ],
 )
