@@ -290,8 +290,8 @@ class FeatureSource:
     def _silenced(self, decoded: dict[Request, TowerInput]) -> dict[Request, TowerInput]:
         """The clips that can be used once their sound is replaced by silence."""
         sound: Modality = "audio"
-        failed = {
-            request: (request[0], tuple(m for m in request[1] if m != sound))
+        failed: dict[Request, Request] = {
+            request: (request[0], tuple[Modality, ...](m for m in request[1] if m != sound))
             for request, item in decoded.items()
             if item.clip.status is not ClipStatus.OK and sound in request[1] and len(request[1]) > 1
         }

@@ -37,7 +37,7 @@ def theirs(rig, inputs, spoken):
             rms_norm_eps=config.rms_norm_eps,
             use_sliding_window=False,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            attn_implementation="eager",
+            attn_implementation="eager",  # pyright: ignore[reportCallIssue] - transformers takes it as a keyword
         )
     ).eval()
     model.load_state_dict(rig.model.decoder.state_dict())
@@ -70,6 +70,7 @@ def test_masses_and_logprobs_equal_transformers(rig, clips, texts, budget) -> No
             if index == 0 and scene.is_watched:
                 torch.testing.assert_close(result.mass_LCX, masses, rtol=0, atol=2e-6)
     for watched in (scored[0].mass_LCX, scored[2].mass_LCX):
+        assert watched is not None
         torch.testing.assert_close(watched.sum(-1), torch.ones_like(watched[..., 0]))
 
 

@@ -89,6 +89,7 @@ def test_work_per_clip_is_four_prefills_and_one_packed_pass(rig, clips, baseline
     measuring.measure(clips, on_clip=calls.append)
     for handle in handles:
         handle.remove()
+    assert isinstance(measuring._engine, NativeEngine)
     assert measuring._engine.counters.prefixes_prefilled == 4 * len(clips)
     counters = measuring._scorer.counters
     assert (counters.passes, counters.prefixes) == (1, scored * len(clips))

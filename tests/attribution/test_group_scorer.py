@@ -54,6 +54,7 @@ def test_all_changes_in_one_pass_equal_each_completion_alone(rig, clips, group, 
     ]
     assert tested.passes == passes
     for inputs, values in zip(changed, scored, strict=True):
+        assert values is not None
         expected = [alone(rig.model, inputs, completion, 0.7) for completion in group.completions]
         for ours, theirs in zip(values, expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-9)
@@ -87,6 +88,8 @@ def test_drops_of_an_unchanged_prompt_are_zero(rig, clips, group) -> None:
     rolled_out = replace(group, completions=completions)
     context = GroupContext(rolled_out, [clips[0], twin], scorer(rig))
     for drops in context.drops(*CHANGES[:2]):
+        assert drops is not None
         assert all(abs(drop) < 1e-9 for values in drops for drop in values)
     (other,) = context.of(rolled_out).drops(CHANGES[2])
+    assert other is not None
     assert max(abs(drop) for values in other for drop in values) > 1e-3

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,11 +130,15 @@ def test_unusable_data_sets_are_refused(job, dataset, tmp_path, items, message) 
 
 
 def test_options_of_the_command_are_checked() -> None:
-    options = {"seed": 0, "unfounded_below": 0.1, "visual_terms": (), "vocal_terms": ()}
-    assert "dimple*" in attribution_config("remove", **options | {"visual_terms": ["dimple*"]}).lexicon.video
-    for wrong, message in (
+    options: dict[str, Any] = {"seed": 0, "unfounded_below": 0.1, "visual_terms": (), "vocal_terms": ()}
+    assert (
+        "dimple*"
+        in attribution_config("remove", **options | dict[str, Any](visual_terms=["dimple*"])).lexicon.video
+    )
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"vocal_terms": ["a*b"]}, "a term must be a word"),
         ({"unfounded_below": -1.0}, "unfounded_below must be at least 0"),
-    ):
+    ]
+    for wrong, message in cases:
         with pytest.raises(ValueError, match=message):
             attribution_config("swap", **options | wrong)

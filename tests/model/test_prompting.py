@@ -110,7 +110,9 @@ def test_rows_of_a_prompt(encoder: PromptEncoder, tokenizers: Tokenizers, make_i
 def test_end_of_text_ends_an_answer_unless_it_is_switched_off(
     encoder: PromptEncoder, tokenizers: Tokenizers
 ) -> None:
-    end_of_turn, end_of_text = tokenizers.text.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end_of_turn, end_of_text = (
+        tokenizers.text.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")
+    )
     assert encoder.stop_token_ids == (end_of_turn, end_of_text)
     encoder.template = PromptTemplate(stop_at_end_of_text=False)
     assert encoder.stop_token_ids == (end_of_turn,)

@@ -88,16 +88,19 @@ def summarise(clips: Sequence[ClipAttribution]) -> DatasetAttribution:
         for label in labels
     }
     modalities: tuple[Modality, ...] = ("video", "audio")
-    claims = {
+    claims: dict[Modality, ClaimSummary | None] = {
         m: _claims([claim for c in clips for claim in c.claims if claim.modality == m]) for m in modalities
     }
     attention = {name: _attention(clips, name) for name in ("reasoning", "answer")}
+    found_claims: dict[Modality, ClaimSummary] = {
+        m: found for m, found in claims.items() if found is not None
+    }
     return DatasetAttribution(
         num_clips=len(clips),
         num_without_claims=sum(not clip.claims for clip in clips),
         values={value: summary for value, summary in values.items() if summary is not None},
         by_label={label: summary for label, summary in gold.items() if summary is not None},
-        claims={modality: summary for modality, summary in claims.items() if summary is not None},
+        claims=found_claims,
         attention={name: summary for name, summary in attention.items() if summary is not None},
     )
 

@@ -45,7 +45,9 @@ class Grounded:
         """Score every completion of ``group``."""
         claims = [find_claims(text, self._lexicon) for text in group.texts]
         shown = group.inputs.prompt.modalities
-        cited = [m for m in shown if any(claim.modality == m for found in claims for claim in found)]
+        cited: list[Modality] = [
+            m for m in shown if any(claim.modality == m for found in claims for claim in found)
+        ]
         changes = [ModalityChange(modality=modality, baseline=self.baseline) for modality in cited]
         drops = dict(zip(cited, context.drops(*changes), strict=True))
         return [
