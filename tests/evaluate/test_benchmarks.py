@@ -39,3 +39,9 @@ def test_published_wars_are_whole_clips_of_the_test_sets() -> None:
             if benchmark.num_clips is not None:
                 clips = row.war / 100 * benchmark.num_clips
                 assert abs(round(clips) / benchmark.num_clips - row.war / 100) < 0.5e-4, (benchmark.name, row)
+
+
+def test_published_standard_errors() -> None:
+    ravdess = BENCHMARKS["ravdess"]
+    assert ravdess.war_standard_error(ravdess.published[-1]) == pytest.approx(2.86, abs=0.005)
+    assert BENCHMARKS["mafw"].war_standard_error(BENCHMARKS["mafw"].published[0]) is None

@@ -25,6 +25,13 @@ def test_the_hand_computed_case() -> None:
     assert metrics.uar_standard_error == pytest.approx(math.sqrt(uar_variance))
 
 
+def test_recalls_have_the_standard_errors_of_their_own_classes() -> None:
+    metrics = emotion_metrics(GOLDS, PREDICTIONS, matching=Matching.STRICT, labels=["happy", "sad", "fear"])
+    assert [metrics.class_size(label) for label in metrics.labels] == [6, 3, 1]
+    assert metrics.recall_standard_error("happy") == pytest.approx(math.sqrt(5 / 6 * 1 / 6 / 6))
+    assert metrics.recall_standard_error("fear") == 0.0
+
+
 def test_uar_counts_only_classes_that_are_present_in_the_gold() -> None:
     metrics = emotion_metrics(["a", "b"], ["a", "c"], matching=Matching.STRICT, labels=["a", "b", "c"])
     assert metrics.uar == 0.5

@@ -183,7 +183,9 @@ def test_a_benchmarks_page_has_published_and_measured_figures(job, tmp_path: Pat
     assert "| measured, strict | 0.00 | 0.00 |" in markdown
     assert "| always " in markdown
     page = (tmp_path / "out" / "eval.html").read_text()
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2  # the confusion matrix and the lengths
+    assert "| model | WAR | UAR | s.e. of WAR | s.e. of UAR |" in markdown
+    assert "| R1-Omni | 65.83 | 56.27 | 0.98 |" in markdown
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 

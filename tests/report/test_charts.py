@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
-from omnigrpo.report.charts import binned, phase_fills, running_mean
+from omnigrpo.report.charts import binned, draw_lengths, phase_fills, running_mean
 from omnigrpo.report.figures import summary_picture
 from omnigrpo.report.theme import DARK, LIGHT, Palette
 from omnigrpo.runtime.spans import Phase
@@ -35,6 +37,23 @@ def test_the_running_mean_of_a_line_is_the_line_away_from_its_ends() -> None:
     line = np.arange(20.0)
     assert running_mean(line, 5)[2:-2] == pytest.approx(line[2:-2])
     assert running_mean(np.array([1.0, math.nan, 3.0]), 3).tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1, 1, 2, 1, 3], [512] * 9 + [40], [0], [7], list(range(100)), [39], [40]]
+)
+def test_every_length_is_counted_in_a_bar_that_holds_it(lengths: list[int]) -> None:
+    axes = Figure().subplots()
+    draw_lengths(axes, lengths, LIGHT)
+    bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert sum(bar.get_height() for bar in bars) == len(lengths)
+    assert len(bars) <= 41
+    for length in lengths:
+        assert any(
+            bar.get_x() - 1 <= length <= bar.get_x() + bar.get_width() + 1 for bar in bars if bar.get_height()
+        )
+    (median,) = (line.get_xdata()[0] for line in axes.lines)  # type: ignore[index] - a sequence
+    assert median == np.median(lengths)
 
 
 def test_every_phase_has_a_fill_of_its_own() -> None:

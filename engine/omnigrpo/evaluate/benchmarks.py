@@ -1,5 +1,6 @@
 """The benchmarks of R1-Omni's Table 1 (arXiv 2503.05379): label sets and published figures."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,13 @@ class Benchmark:
     num_clips: int | None
     """Clips of the test set with which all published WARs agree; None where several sizes do."""
     published: tuple[Published, ...]
+
+    def war_standard_error(self, published: Published) -> float | None:
+        """Binomial, per cent: sqrt(WAR (1 - WAR) / N); None where N is not known."""
+        if self.num_clips is None:
+            return None
+        share = published.war / 100
+        return 100 * math.sqrt(share * (1 - share) / self.num_clips)
 
 
 def _published(*figures: tuple[float, float]) -> tuple[Published, ...]:

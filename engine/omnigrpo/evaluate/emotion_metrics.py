@@ -64,6 +64,15 @@ class EmotionMetrics:
     constant: ConstantAnswer
     """What always giving the most frequent gold label would reach."""
 
+    def class_size(self, label: str) -> int:
+        """Clips whose gold label this is."""
+        return sum(self.confusion[self.labels.index(label)])
+
+    def recall_standard_error(self, label: str) -> float:
+        """Binomial: sqrt(recall (1 - recall) / clips); the label has clips."""
+        recall = self.recalls[label]
+        return math.sqrt(recall * (1 - recall) / self.class_size(label))
+
     @property
     def num_clips(self) -> int:
         """N."""

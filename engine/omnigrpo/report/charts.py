@@ -17,6 +17,7 @@ from omnigrpo.runtime.spans import Phase
 
 _MAX_POINTS = 400
 _MAX_BINS = 120
+_LENGTH_BINS = 40
 _SMOOTHED_FROM = 24
 """Points from which a line is drawn faintly with its running mean on top."""
 
@@ -137,6 +138,31 @@ def draw_recalls(
     axes.set_xlabel("recall, %")
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
+
+
+def draw_lengths(axes: Axes, lengths: Sequence[int], palette: Palette) -> None:
+    """Draw how many completions are how long, in tokens, and where their median lies."""
+    width = max(1, -(-(max(lengths) + 1) // _LENGTH_BINS))
+    edges = np.arange(-0.5, max(lengths) + width + 0.5, width)  # A bin of one length is centred on it.
+    axes.hist(lengths, bins=edges.tolist(), color=palette.blue, rwidth=0.92)
+    median = float(np.median(lengths))
+    is_right = median > edges[-1] / 2
+    axes.axvline(median, color=palette.orange, lw=1.4)
+    axes.text(
+        median,
+        1.0,
+        f"median {median:g}",
+        transform=axes.get_xaxis_transform(),
+        color=palette.orange,
+        ha="right" if is_right else "left",
+        va="bottom",
+    )
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("completions")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(visible=False, axis="x")
 
 
 def phase_fills(palette: Palette) -> dict[str, Fill]:

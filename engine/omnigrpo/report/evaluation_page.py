@@ -6,11 +6,13 @@ from pathlib import Path
 
 from omnigrpo.evaluate.benchmarks import BENCHMARKS, Benchmark
 from omnigrpo.evaluate.bootstrap import Interval
-from omnigrpo.evaluate.emotion_metrics import EmotionMetrics
+from omnigrpo.evaluate.emotion_metrics import EmotionMetrics, Matching, label_form
 from omnigrpo.evaluate.evaluation_report import EvaluationReport
-from omnigrpo.report.html import section, table
+from omnigrpo.report.charts import draw_lengths
+from omnigrpo.report.html import NOTHING, figure, section, table
 from omnigrpo.report.page import document
-from omnigrpo.report.results import confusion_figure, split_name, stage_name
+from omnigrpo.report.results import confusion_figure, picture, split_name, stage_name
+from omnigrpo.report.theme import VARIABLES
 
 Table = tuple[str, Sequence[str], list[Sequence[str]]]
 """Title, header, rows."""
@@ -18,11 +20,12 @@ Table = tuple[str, Sequence[str], list[Sequence[str]]]
 NOTE = (
     "Per cent. WAR is the accuracy, UAR the mean recall over the classes present; brackets: 95 % bootstrap intervals, "
     "clips resampled within each class. Strict: the same string; alias: the same word after case, punctuation and word "
-    "form. Constant: always the most frequent label."
+    "form. Constant: always the most frequent label. ±: one standard error."
 )
 PUBLISHED_NOTE = (
     "Published figures: arXiv 2503.05379, Table 1. Its prompt and answer extraction are not in the published code, so "
-    "compare with care."
+    "compare with care. Standard errors of published WARs are binomial, for test sets of the size that the "
+    "published figures imply."
 )
 
 
@@ -53,6 +56,8 @@ def as_html(reports: Sequence[EvaluationReport], stage: str) -> str:
     sections.append(
         section("confusion", "Confusion matrices", f'<div class="pairs">{figures}</div>', PUBLISHED_NOTE)
     )
+    lengths = "".join(map(_lengths_figure, reports))
+    sections.append(section("lengths", "Completion lengths", f'<div class="pairs">{lengths}</div>'))
     title = f"Evaluation: {stage_name(stage)}"
     return document(title, f"<h1>{escape(title)}</h1>{''.join(sections)}")
 
@@ -95,14 +100,26 @@ def _beside_published(report: EvaluationReport) -> Table | None:
     benchmark = BENCHMARKS.get(report.benchmark or "")
     if benchmark is None:
         return None
-    rows: list[Sequence[str]] = [(p.model, f"{p.war:.2f}", f"{p.uar:.2f}") for p in benchmark.published]
+    rows: list[Sequence[str]] = [
+        (p.model, f"{p.war:.2f}", f"{p.uar:.2f}", _error(benchmark.war_standard_error(p)), NOTHING)
+        for p in benchmark.published
+    ]
     for name, metrics in (("measured, strict", report.strict), ("measured, alias", report.alias)):
-        rows.append((name, f"{100 * metrics.war:.2f}", f"{100 * metrics.uar:.2f}"))
+        errors = (_error(100 * metrics.war_standard_error), _error(100 * metrics.uar_standard_error))
+        rows.append((name, f"{100 * metrics.war:.2f}", f"{100 * metrics.uar:.2f}", *errors))
     constant = report.strict.constant
-    rows.append((f"always {constant.label}", f"{100 * constant.war:.2f}", f"{100 * constant.uar:.2f}"))
+    rows.append(
+        (
+            f"always {constant.label}",
+            f"{100 * constant.war:.2f}",
+            f"{100 * constant.uar:.2f}",
+            NOTHING,
+            NOTHING,
+        )
+    )
     return (
         f"{benchmark.title}: published and measured{_size(benchmark, report)}",
-        ("model", "WAR", "UAR"),
+        ("model", "WAR", "UAR", "s.e. of WAR", "s.e. of UAR"),
         rows,
     )
 
@@ -116,10 +133,19 @@ def _size(benchmark: Benchmark, report: EvaluationReport) -> str:
 def _recalls(report: EvaluationReport) -> Table:
     strict, alias = report.strict, report.alias
     rows: list[Sequence[str]] = [
-        (label, str(_class_size(strict, label)), _percent(recall), _percent(alias.recalls.get(label, 0.0)))
-        for label, recall in strict.recalls.items()
+        (
+            label,
+            str(strict.class_size(label)),
+            _recall(strict, label),
+            _recall(alias, label_form(label, Matching.ALIAS)),
+        )
+        for label in strict.recalls
     ]
     return f"Recall by class, {split_name(report.split)}", ("class", "clips", "strict", "alias"), rows
+
+
+def _recall(metrics: EmotionMetrics, label: str) -> str:
+    return f"{_percent(metrics.recalls[label])} ± {_percent(metrics.recall_standard_error(label))}"
 
 
 def _confusion_table(report: EvaluationReport) -> Table:
@@ -131,8 +157,17 @@ def _confusion_table(report: EvaluationReport) -> Table:
     return f"Confusion, {split_name(report.split)} (alias)", header, rows
 
 
-def _class_size(metrics: EmotionMetrics, label: str) -> int:
-    return sum(metrics.confusion[metrics.labels.index(label)])
+def _lengths_figure(report: EvaluationReport) -> str:
+    title = f"Completion length, {split_name(report.split)}: {_percent(report.truncated_rate)} % cut off"
+    lengths = [clip.num_tokens for clip in report.clips]
+    name = f"lengths-{report.stage}-{report.split}"
+    return figure(
+        title, picture((4.3, 2.5), name, title, lambda axes: draw_lengths(axes, lengths, VARIABLES))
+    )
+
+
+def _error(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
 
 
 def _with_interval(value: float, interval: Interval) -> str:

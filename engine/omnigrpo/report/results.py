@@ -122,7 +122,7 @@ def confusion_figure(report: EvaluationReport) -> str:
     size = 0.42 * (len(report.alias.labels) + 1) + 1.2
     return figure(
         title,
-        _picture(
+        picture(
             (size, size - 0.3),
             f"confusion-{report.stage}-{report.split}",
             title,
@@ -136,7 +136,7 @@ def _recall_figure(run: RunData, split: str) -> str:
     earlier = before[0].alias.recalls if before else {}
     title = f"Recall, {split_name(split)}"
     height = 0.3 * len({*earlier, *after.alias.recalls}) + 0.7
-    picture = _picture(
+    drawn = picture(
         (4.3, height),
         f"recall-{split}",
         title,
@@ -144,7 +144,7 @@ def _recall_figure(run: RunData, split: str) -> str:
     )
     return figure(
         title,
-        picture,
+        drawn,
         [(stage_name(report.stage), _EARLIER_KEY) for report in before]
         + [(stage_name(after.stage), _LATER_KEY)],
     )
@@ -179,7 +179,8 @@ def _pairs(run: RunData) -> str:
     )
 
 
-def _picture(size: tuple[float, float], name: str, title: str, draw: Callable[[Axes], None]) -> str:
+def picture(size: tuple[float, float], name: str, title: str, draw: Callable[[Axes], None]) -> str:
+    """A chart of this size in inches as inline SVG; ``name`` is unique on the page."""
     with chart_style(VARIABLES):
         chart = Figure(figsize=size, layout="constrained")
         draw(chart.subplots())
