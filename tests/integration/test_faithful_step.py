@@ -72,7 +72,7 @@ def transformers_decoder(builders) -> Qwen2ForCausalLM:
             rms_norm_eps=sizes.rms_norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
             tie_word_embeddings=True,
-            attn_implementation="eager",
+            attn_implementation="eager",  # pyright: ignore[reportCallIssue] - transformers takes it as a keyword
         )
     )
 
@@ -83,8 +83,9 @@ def dense_logprobs(
     """Log-probs ``[R]`` of one completion: its own prefix, its own pass, all logits."""
     ids = torch.tensor(completion.token_ids)
     rows = torch.cat([model.embed_prefixes([group.inputs]), model.embed_tokens(ids)])
-    weights = {name: p for name, p in model.named_parameters() if name in dict(decoder.named_parameters())}
-    assert len(weights) == len(list(decoder.named_parameters()))
+    known = dict(decoder.named_parameters())
+    weights: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name in known}
+    assert len(weights) == len(known)
     logits = functional_call(
         decoder, weights, kwargs={"inputs_embeds": rows[None], "use_cache": False}
     ).logits
